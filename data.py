@@ -1,0 +1,508 @@
+"""Any preference set in; token ids, rows and optimizer steps out. Knows the tokenizer, not the model.
+
+read_records -> to_messages -> PairTokenizer.encode -> select_pairs -> group_into_steps -> make_row
+"""
+
+import csv
+import json
+import random
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+PROMPTS = ("prompt", "instruction", "question")
+ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+ACCEPTED_COLUMNS = """Accepted are these columns, with any others beside them:
+  prompt, chosen, rejected                               strings, or lists of {role, content}
+  chosen, rejected                                       lists of {role, content}, prompt included
+  chosen, rejected                                       "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
+  instruction, chosen_response, rejected_response        strings
+  system, question, chosen, rejected                     strings
+Scores are read from score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if there."""
+LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
+PACKAGE = "package://"
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message says what, where, and what to type instead."""
+
+
+class MissingSplit(InputError):
+    """The data set has no split of this name."""
+
+
+class Drop(Exception):
+    """This record cannot teach; the message is the reason under which it is counted."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: token ids of a prompt and of its two answers, end-of-turn token included."""
+
+    index: int  # its record's position in the data set
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    prompt: str = ""
+    cut: bool = False
+
+    @property
+    def tokens(self):
+        """Tokens of its row: the prompt counts once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pairs laid out as [prompt | chosen | rejected | prompt | ...], without padding.
+
+    input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
+    segments                 the lengths (prompt, chosen, rejected) of each pair
+    predictors               (n,) int64: the position whose hidden state predicts each answer token
+    targets                  (n,) int64: those answer tokens
+    """
+
+    pairs: list[int]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: list[tuple[int, int, int]]
+    predictors: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def lengths(self):
+        """Answer tokens of each pair's chosen and rejected answer, in row order."""
+        return [n for _, chosen, rejected in self.segments for n in (chosen, rejected)]
+
+    def to(self, device):
+        """The same row with its tensors on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
+        return Row(**{**vars(self), **moved})
+
+
+def hub_reachable(seconds=4):
+    """Whether the Hub answers within so many seconds, DNS included. A 404 is an answer too."""
+    from huggingface_hub.constants import ENDPOINT
+
+    answered = threading.Event()
+
+    def probe():
+        try:
+            urllib.request.urlopen(ENDPOINT, timeout=seconds).close()
+        except urllib.error.HTTPError:
+            answered.set()
+        except OSError:
+            return
+        answered.set()
+
+    threading.Thread(target=probe, daemon=True).start()
+    return answered.wait(seconds)
+
+
+def open_source(name, kind, stand_ins, load):
+    """load(name), or load(its stand-in) if the Hub can be reached neither directly nor in cache.
+
+    name       a local path or a Hub name
+    kind       "model" or "dataset", for the messages
+    stand_ins  {Hub name: local path or package://module/file}, the config's block `offline`
+    load       function of one path or name that raises where it fails
+    returns    what load returned, and the stand-in's name or None
+    raises     InputError if the name is out of reach and has no stand-in, or does not load
+    """
+    local = name.startswith(PACKAGE) or Path(name).exists()
+    if not local and (Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\"):
+        raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
+    online = not local and hub_reachable()
+    if not local and not online:  # the Hub's libraries then answer from their caches at once
+        import datasets.config
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+    try:
+        return load(package_file(name)), None
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own errors for a bad file or an unknown name
+        if local or online:
+            raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
+        if name not in stand_ins:
+            raise InputError(
+                f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub is "
+                f"out of reach.\nGive a local path ({kind}=path), go online, or map the name to a "
+                "local stand-in under `offline:` in the config."
+            ) from error
+    stand_in = stand_ins[name]
+    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
+    if not stand_in.startswith(PACKAGE) and not Path(stand_in).exists():
+        stand_in = str(Path(__file__).parent / stand_in)
+    return open_source(stand_in, kind, {}, load)[0], stand_ins[name]
+
+
+def package_file(name):
+    """The path behind package://module/file, found without importing the module."""
+    if not name.startswith(PACKAGE):
+        return name
+    module, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(module)
+    if spec is None:
+        package = module.replace("_", "-")
+        raise InputError(f"{name} is not installed. Type: pip install --no-deps {package}")
+    return str(Path(spec.submodule_search_locations[0]) / file)
+
+
+def first_line(error):
+    """An exception's type and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0][:300]}"
+
+
+def read_records(path, split=None, evaluation=False):
+    """Read a preference set.
+
+    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name
+    split       the split to read. In a local file it selects rows only where the file has a column
+                `split`; None reads all rows (of a Hub set: the split train)
+    evaluation  whether a local file without the column has no such split, instead of one
+    returns     a sequence of dict
+    raises      InputError for a file that cannot be read (a broken JSON line with its number),
+                MissingSplit for a split that is not there
+    """
+    suffix, place = Path(path).suffix.lower(), ""
+    if suffix not in LOCAL_FILES:
+        import datasets
+
+        try:
+            return datasets.load_dataset(path, split=split or "train")
+        except ValueError as error:
+            if "Unknown split" in str(error):
+                raise MissingSplit(f"{path}: {error}") from error
+            raise
+    try:
+        if suffix == ".parquet":
+            import datasets
+
+            records = datasets.load_dataset("parquet", data_files=path, split="train").to_list()
+        else:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                if suffix == ".json":
+                    records = json.load(file)
+                elif suffix == ".csv":
+                    csv.field_size_limit(2**31 - 1)
+                    records = list(csv.DictReader(file, strict=True))
+                else:
+                    records = []
+                    for number, line in enumerate(file, 1):
+                        place = f", line {number}"
+                        records += [json.loads(line)] if line.strip() else []
+    except (ValueError, RecursionError, csv.Error) as error:  # bad UTF-8 is a ValueError too
+        raise InputError(f"{path}{place} cannot be read: {first_line(error)}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
+    splits = {str(r["split"]) for r in records if isinstance(r, dict) and r.get("split")}
+    if split is None or not splits and not evaluation:
+        return records
+    if split not in splits:
+        raise MissingSplit(f"{path} has no split {split}, only: {', '.join(sorted(splits))}")
+    return [r for r in records if isinstance(r, dict) and str(r.get("split")) == split]
+
+
+def load_records(source, split, stand_ins, evaluation=False):
+    """Records of one or several sets: "name", "name:split" or "a:split, b:split".
+
+    split       the split of every name that gives none
+    stand_ins   as in open_source
+    evaluation  take `split` of every name that has it, and skip the others
+    returns     a list of sequences of dict, and the stand-ins used
+    """
+    parts, used = [], []
+    for part in filter(None, (text.strip() for text in source.split(","))):
+        name, colon, own_split = part.rpartition(":")
+        if not colon or "/" in own_split or "\\" in own_split:
+            name, own_split = part, split
+        wanted = split if evaluation else own_split
+        try:
+            records, stand_in = open_source(
+                name, "dataset", stand_ins, lambda path, w=wanted: read_records(path, w, evaluation)
+            )
+        except MissingSplit:
+            if not evaluation:
+                raise
+            continue
+        parts.append(records)
+        used += [f"{name} -> {stand_in}"] if stand_in else []
+    return parts, used
+
+
+def to_messages(record):
+    """One record of any accepted shape as (messages of the prompt, chosen, rejected, scores).
+
+    returns  list of {"role", "content"} that ends with the user's turn, two strings, and the pair
+             of scores or None
+    raises   Drop with the reason if the record is not of an accepted shape
+    """
+    if not isinstance(record, dict):
+        raise Drop("not a record but " + type(record).__name__)
+    columns = next((c for c in ANSWERS if c[0] in record and c[1] in record), None)
+    if columns is None:
+        raise Drop("unknown columns: " + ", ".join(sorted(map(str, record)))[:200])
+    chosen, rejected = record[columns[0]], record[columns[1]]
+    prompt = next((record[c] for c in PROMPTS if record.get(c) is not None), None)
+    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+        chosen, rejected = _dialogue(chosen), _dialogue(rejected)
+    prefix = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    if isinstance(record.get("system"), str) and record["system"].strip():
+        prefix = [{"role": "system", "content": record["system"]}, *prefix]
+    dialogues = []
+    for answer in (chosen, rejected):
+        if isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        if not _are_messages(answer) or not _are_messages(prefix):
+            raise Drop("malformed: neither text nor a list of {role, content}")
+        if not any(message["role"] == "user" for message in answer):
+            answer = prefix + answer
+        dialogues.append([{"role": m["role"], "content": m["content"]} for m in answer])
+    if any(len(d) < 2 or d[-1]["role"] != "assistant" for d in dialogues):
+        raise Drop("malformed: no prompt, or no assistant's turn at the end")
+    messages = dialogues[0][:-1]
+    if messages != dialogues[1][:-1]:
+        raise Drop("malformed: the two dialogues differ before the last answer")
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise Drop("malformed: the prompt does not end with a user's turn")
+    return messages, dialogues[0][-1]["content"], dialogues[1][-1]["content"], _scores(record)
+
+
+def _are_messages(value):
+    return isinstance(value, list) and all(
+        isinstance(m, dict)
+        and m.get("role") in ("system", "user", "assistant")
+        and isinstance(m.get("content"), str)
+        for m in value
+    )
+
+
+def _dialogue(text):
+    """ "\\n\\nHuman: ...\\n\\nAssistant: ..." as a list of messages; None if it is not one."""
+    start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    if start.strip() or not parts:
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said}
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _scores(record):
+    for columns in SCORES:
+        try:
+            return tuple(float(record[column]) for column in columns)
+        except (KeyError, TypeError, ValueError):
+            continue  # this pair of columns is absent or holds no numbers
+    return None
+
+
+class PairTokenizer:
+    """Encodes records with a model's own chat template.
+
+    tokenizer          a fast transformers tokenizer
+    max_length         tokens of prompt + answer, at most
+    max_prompt_length  tokens of the prompt, at most
+    keep_ties          whether pairs of equal score are kept
+    raises             InputError if the tokenizer has no token that could end an answer
+    """
+
+    def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
+        self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
+        control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self.end_of_turn, generation_prompt = tokenizer.eos_token_id, []
+        if tokenizer.chat_template:
+            said = [{"role": "user", "content": "question"}]
+            answered = [*said, {"role": "assistant", "content": "ANSWER"}]
+            after = self._render(answered).rpartition("ANSWER")[2]
+            special = (i for i in self._ids(after) if i in tokenizer.all_special_ids)
+            self.end_of_turn = next(special, tokenizer.eos_token_id)
+            asked = self._render(said, add_generation_prompt=True)
+            generation_prompt = self._ids(asked.rpartition("question")[2])
+        if self.end_of_turn is None:
+            raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
+        # a shorter limit than the generation prompt itself would leave nothing to answer to
+        self.max_prompt_length = max(max_prompt_length, len(generation_prompt))
+
+    def _render(self, messages, **options):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def prompt_ids(self, messages):
+        """Token ids of a prompt, generation prompt included; one BOS at most.
+
+        Without a chat template: the turns' text, with the BOS that the tokenizer itself adds.
+        """
+        if self.tokenizer.chat_template:
+            return self._ids(self._render(messages, add_generation_prompt=True))
+        text = "\n\n".join(message["content"] for message in messages)
+        ids = self._ids(text)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and self.tokenizer("a", verbose=False).input_ids[:1] == [bos]:
+            ids = [bos, *ids]
+        return ids
+
+    def encode(self, record, index=0):
+        """One record as a Pair; raises Drop with the reason if it cannot teach."""
+        messages, chosen, rejected, scores = to_messages(record)
+        texts = [*(m["content"] for m in messages), chosen, rejected]
+        if any(self.control.search(text) for text in texts):
+            raise Drop("spells a control token")
+        if chosen == rejected:
+            raise Drop("same text")
+        if not chosen.strip() or not rejected.strip():
+            raise Drop("empty answer")
+        if scores and scores[0] == scores[1] and not self.keep_ties:
+            raise Drop("tie in score")
+        try:
+            prompt = self.prompt_ids(messages)
+            answers = [[*self._ids(text), self.end_of_turn] for text in (chosen, rejected)]
+        except (UnicodeError, TypeError) as error:  # how tokenizers refuse a lone surrogate
+            raise Drop("malformed: not Unicode text") from error
+        except Exception as error:  # a template raises its own error for roles that it refuses
+            if type(error).__name__ != "TemplateError":
+                raise
+            raise Drop(f"refused by the chat template: {first_line(error)}") from error
+        kept = prompt[-self.max_prompt_length :]
+        room = self.max_length - len(kept)
+        if room < 1:
+            raise Drop("no room for an answer")
+        cut = len(kept) < len(prompt) or any(len(answer) > room for answer in answers)
+        answers = [answer[:room] for answer in answers]
+        if answers[0] == answers[1]:
+            raise Drop("same text once cut")
+        key = json.dumps(messages)
+        return Pair(index, kept, *answers, prompt=key, cut=cut)
+
+
+def visiting_order(count, shuffle, seed):
+    """Indices 0..count-1 in file order, or in an order that the seed alone decides."""
+    order = list(range(count))
+    if shuffle:
+        random.Random(seed).shuffle(order)
+    return order
+
+
+def select_pairs(parts, encoder, wanted, order, without=(), drops=None):
+    """The first `wanted` usable pairs in the order given; 0 is all.
+
+    parts    list of sequences of dict; `order` indexes their concatenation
+    without  prompts that must not be taken
+    drops    Counter to which the reasons of the records passed over are added
+    returns  list of Pair
+    """
+    drops = Counter() if drops is None else drops
+    starts = [sum(map(len, parts[:k])) for k in range(len(parts))]
+    pairs = []
+    for index in order:
+        if wanted and len(pairs) == wanted:
+            break
+        part = max(k for k, start in enumerate(starts) if start <= index and len(parts[k]))
+        try:
+            pair = encoder.encode(parts[part][index - starts[part]], index)
+            if pair.prompt in without:
+                raise Drop("its prompt is in the evaluation set")
+        except Drop as reason:
+            drops[str(reason)] += 1
+        else:
+            pairs.append(pair)
+    return pairs
+
+
+def load_pairs(config, tokenizer):
+    """Training and evaluation pairs as the config asks for them; no prompt stands in both.
+
+    returns  train and evaluation (lists of Pair), {"train": Counter, "eval": Counter} of drops,
+             and the stand-ins used
+    raises   InputError if no training pair is left, with the counts by reason
+    """
+    limits = config.max_length, config.max_prompt_length
+    encoder = PairTokenizer(tokenizer, *limits, keep_ties=config.keep_ties)
+    parts, used = load_records(config.dataset, config.split, config.offline)
+    order = visiting_order(sum(map(len, parts)), config.shuffle, config.seed)
+    drops = {"train": Counter(), "eval": Counter()}
+    evaluation = []
+    if config.eval_pairs:
+        source, same = config.eval_dataset or config.dataset, not config.eval_dataset
+        eval_parts = []
+        if config.eval_dataset or config.eval_split:
+            eval_parts = load_records(source, config.eval_split, config.offline, same)[0]
+        wanted, eval_order = config.eval_pairs, order[::-1]
+        if not eval_parts:  # held out from the end of the order, a fifth of it at the most
+            eval_parts, wanted = parts, max(1, min(wanted, len(order) // 5))
+        else:
+            count = sum(map(len, eval_parts))
+            eval_order = visiting_order(count, config.shuffle, config.seed)
+        evaluation = select_pairs(eval_parts, encoder, wanted, eval_order, (), drops["eval"])
+    held_out = {pair.prompt for pair in evaluation}
+    train = select_pairs(parts, encoder, config.train_pairs, order, held_out, drops["train"])
+    if not train:
+        counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops["train"].most_common(10))
+        raise InputError(
+            f"dataset {config.dataset}: no usable pair in {len(order)} records.\n{counts}"
+            + (f"\n{ACCEPTED_COLUMNS}" if "columns" in counts or "malformed" in counts else "")
+        )
+    return train, evaluation, drops, used
+
+
+def group_into_steps(pairs, pairs_per_step, row_tokens, ranks=1):
+    """Which pairs share an optimizer step, and which of those share a row.
+
+    The pairs of a step fill as few rows as hold them within row_tokens (one row for each rank at
+    least), longest pair first. Rows stay the same in every epoch: in bfloat16 a log-probability
+    depends on its row, and the reference has seen each pair in one row only.
+
+    returns  list of steps, each a list of rows, each a list of indices into `pairs`
+    """
+    steps = []
+    for start in range(0, len(pairs), pairs_per_step):
+        indices = range(start, min(start + pairs_per_step, len(pairs)))
+        rows = [[] for _ in range(min(ranks, len(indices)))]
+        load = lambda row: sum(pairs[i].tokens for i in row)
+        for index in sorted(indices, key=lambda i: -pairs[i].tokens):
+            shortest = min(rows, key=load)
+            if shortest and load(shortest) + pairs[index].tokens > row_tokens:
+                rows.append([index])
+            else:
+                shortest.append(index)
+        steps.append(rows)
+    return steps
+
+
+def make_row(pairs, indices):
+    """Lay pairs out as one Row; `indices` point into `pairs`."""
+    ids, positions, segments, predictors, targets = [], [], [], [], []
+    for pair in (pairs[i] for i in indices):
+        prompt, start = len(pair.prompt_ids), len(ids)
+        ids += pair.prompt_ids
+        positions += range(prompt)
+        for answer in (pair.chosen_ids, pair.rejected_ids):
+            # the prompt's last token predicts either answer's first
+            predictors += [start + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+            targets += answer
+            ids += answer
+            positions += range(prompt, prompt + len(answer))
+        segments.append((prompt, len(pair.chosen_ids), len(pair.rejected_ids)))
+    tensors = map(torch.tensor, (ids, positions, predictors, targets))
+    ids, positions, predictors, targets = tensors
+    return Row(list(indices), ids, positions, segments, predictors, targets)

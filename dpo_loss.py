@@ -1,0 +1,132 @@
+"""Direct Preference Optimization as pure functions of tensors (Rafailov et al., arXiv 2305.18290).
+
+hidden states -> token_logps -> sequence_logps -> dpo_loss -> losses and rewards
+
+Where each equation of the paper is:
+    log pi(y|x), the sum over the answer's tokens      sequence_logps
+    eq. 5, the implicit reward beta log(pi / pi_ref)   dpo_loss, chosen_rewards and rejected_rewards
+    eq. 6, the Bradley-Terry model of a preference     dpo_loss, sigmoid of the rewards' margin
+    eq. 7, the loss                                    dpo_loss, loss="sigmoid"
+    section 4, its gradient                            follows by autograd; tests/test_dpo_loss.py
+"""
+
+import torch
+import torch.nn.functional as F
+
+LOGITS_AT_ONCE = 2**24  # a chunk of logits holds this many numbers, whatever the vocabulary
+
+
+class _TokenLogps(torch.autograd.Function):
+    """The LM head a chunk at a time; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        logps = []
+        for h, y in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), strict=True):
+            logits = _logits(h, weight)
+            logps.append(logits.gather(1, y[:, None]).squeeze(1) - logits.logsumexp(1))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            g, y = grad[part, None], targets[part, None]
+            # d logp(y) / d logits = onehot(y) - softmax(logits)
+            grad_logits = _logits(hidden[part], weight).softmax(1).mul_(-g).scatter_add_(1, y, g)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None
+
+
+def _logits(hidden, weight):
+    """Logits in float32 or better: a logsumexp over bfloat16 would lose the answer's last digits."""
+    logits = F.linear(hidden, weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_logps(hidden, weight, targets):
+    """Log-probability of each target token, log softmax(hidden @ weight.T)[target], in nats.
+
+    The labels are shifted by whoever selects `hidden`: row i is the final hidden state at the
+    position before token i, since the logits at position t predict token t + 1. The largest
+    intermediate tensor has LOGITS_AT_ONCE numbers, so memory does not grow with vocabulary times
+    length.
+
+    hidden   (n, d) float32, bfloat16 or float64: final hidden states, one for each target
+    weight   (v, d), same dtype: the LM head
+    targets  (n,) int64 token ids in [0, v)
+    returns  (n,) float32 (float64 for float64 inputs), differentiable in hidden and weight
+    raises   RuntimeError if a target is outside the vocabulary or the shapes do not match
+    """
+    return _TokenLogps.apply(hidden, weight, targets)
+
+
+def sequence_logps(logps, lengths, average=False):
+    """log pi(y|x) of each answer in nats: the sum of its tokens' log-probabilities.
+
+    The paper's log pi(y|x) is the sum. average=True divides it by the answer's number of tokens
+    (a variant that several repositories use; it weighs short answers' tokens more).
+
+    logps    (n,) float: token log-probabilities of the answers, one answer after the other
+    lengths  list of int that add up to n, each at least 1
+    returns  (len(lengths),) of the same dtype
+    raises   RuntimeError if the lengths do not add up to n
+    """
+    answers = logps.split(lengths)
+    return torch.stack([answer.mean() if average else answer.sum() for answer in answers])
+
+
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    beta=0.1,
+    loss="sigmoid",
+    label_smoothing=0.0,
+):
+    """Loss and implicit rewards of each pair, from four vectors of log pi(y|x).
+
+    With h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x)):
+        sigmoid  -log sigmoid(beta h)     DPO, arXiv 2305.18290, eq. 7. With label_smoothing e, the
+                 chance that a label is flipped:
+                 -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     conservative DPO,
+                 E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO", eq. 3
+        ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17
+        hinge    max(0, 1 - beta h)       the hinge-norm loss of RSO, arXiv 2309.06657, section 3;
+                 SLiC's loss (arXiv 2305.10425) on normalised log-probabilities
+
+    policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps); no gradient is needed
+                           through the reference's
+    beta                   float > 0: how strongly the policy is held to the reference
+    label_smoothing        float in [0, 0.5), for sigmoid only
+    returns                losses, chosen_rewards, rejected_rewards: each (n,), not averaged. The
+                           rewards are eq. 5's beta log(pi / pi_ref), whose beta log Z(x) cancels
+                           in every margin; they carry no gradient
+    raises                 ValueError for another loss, or for label_smoothing without sigmoid
+    """
+    chosen_logratios = policy_chosen_logps - reference_chosen_logps
+    rejected_logratios = policy_rejected_logps - reference_rejected_logps
+    h = chosen_logratios - rejected_logratios
+    if label_smoothing and loss != "sigmoid":
+        raise ValueError(f"label_smoothing is defined for loss sigmoid, not for {loss}")
+    if loss == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
+        if label_smoothing:
+            losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+    elif loss == "ipo":
+        losses = (h - 1 / (2 * beta)) ** 2
+    elif loss == "hinge":
+        losses = F.relu(1 - beta * h)
+    else:
+        raise ValueError(f"loss is sigmoid, ipo or hinge, not {loss!r}")
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
