@@ -3,28 +3,26 @@
 read_records -> to_messages -> PairTokenizer.encode -> select_pairs -> group_into_steps -> make_row
 """
 
+import contextlib
 import csv
+import io
 import json
+import os
 import random
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
+from torch.utils.data import ConcatDataset
 
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-)
+SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
 ACCEPTED_COLUMNS = """Accepted are these columns, with any others beside them:
   prompt, chosen, rejected                               strings, or lists of {role, content}
   chosen, rejected                                       lists of {role, content}, prompt included
@@ -90,26 +88,24 @@ class Row:
     def to(self, device):
         """The same row with its tensors on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        return Row(**{**vars(self), **moved})
+        return replace(self, **moved)
 
 
 def hub_reachable(seconds=4):
     """Whether the Hub answers within so many seconds, DNS included. A 404 is an answer too."""
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub import constants, get_session
 
     answered = threading.Event()
 
     def probe():
-        try:
-            urllib.request.urlopen(ENDPOINT, timeout=seconds).close()
-        except urllib.error.HTTPError:
+        with contextlib.suppress(Exception):  # HF_HUB_OFFLINE makes this fail at once
+            get_session().head(constants.ENDPOINT, timeout=seconds)
             answered.set()
-        except OSError:
-            return
-        answered.set()
 
-    threading.Thread(target=probe, daemon=True).start()
-    return answered.wait(seconds)
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answered.is_set()
 
 
 def open_source(name, kind, stand_ins, load):
@@ -122,7 +118,7 @@ def open_source(name, kind, stand_ins, load):
     returns    what load returned, and the stand-in's name or None
     raises     InputError if the name is out of reach and has no stand-in, or does not load
     """
-    local = name.startswith(PACKAGE) or Path(name).exists()
+    local = name.startswith(PACKAGE) or os.path.exists(name)
     if not local and (Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\"):
         raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
     online = not local and hub_reachable()
@@ -131,7 +127,7 @@ def open_source(name, kind, stand_ins, load):
         import huggingface_hub.constants
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         return load(package_file(name)), None
     except InputError:
@@ -143,7 +139,7 @@ def open_source(name, kind, stand_ins, load):
             raise InputError(
                 f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub is "
                 f"out of reach.\nGive a local path ({kind}=path), go online, or map the name to a "
-                "local stand-in under `offline:` in the config."
+                f"local stand-in under `offline:` in the config.\n({first_line(error)})"
             ) from error
     stand_in = stand_ins[name]
     print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
@@ -194,14 +190,15 @@ def read_records(path, split=None, evaluation=False):
         if suffix == ".parquet":
             import datasets
 
-            records = datasets.load_dataset("parquet", data_files=path, split="train").to_list()
+            records = datasets.Dataset.from_parquet(path).to_list()
         else:
-            with open(path, encoding="utf-8-sig", newline="") as file:
+            with open(path, "rb") as file:
                 if suffix == ".json":
                     records = json.load(file)
                 elif suffix == ".csv":
                     csv.field_size_limit(2**31 - 1)
-                    records = list(csv.DictReader(file, strict=True))
+                    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+                    records = list(csv.DictReader(text, strict=True))
                 else:
                     records = []
                     for number, line in enumerate(file, 1):
@@ -224,15 +221,14 @@ def load_records(source, split, stand_ins, evaluation=False):
 
     split       the split of every name that gives none
     stand_ins   as in open_source
-    evaluation  take `split` of every name that has it, and skip the others
-    returns     a list of sequences of dict, and the stand-ins used
+    evaluation  take `split` of every name that has it, once, and skip the others
+    returns     a sequence of dict, and the stand-ins used
     """
-    parts, used = [], []
-    for part in filter(None, (text.strip() for text in source.split(","))):
-        name, colon, own_split = part.rpartition(":")
-        if not colon or "/" in own_split or "\\" in own_split:
-            name, own_split = part, split
-        wanted = split if evaluation else own_split
+    sources, parts, used = [], [], []
+    for part in filter(None, map(str.strip, source.split(","))):
+        name, own = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL).groups()
+        sources.append((name, own if own and not evaluation else split))
+    for name, wanted in dict.fromkeys(sources) if evaluation else sources:
         try:
             records, stand_in = open_source(
                 name, "dataset", stand_ins, lambda path, w=wanted: read_records(path, w, evaluation)
@@ -243,7 +239,7 @@ def load_records(source, split, stand_ins, evaluation=False):
             continue
         parts.append(records)
         used += [f"{name} -> {stand_in}"] if stand_in else []
-    return parts, used
+    return ConcatDataset(parts) if parts else [], used
 
 
 def to_messages(record):
@@ -257,59 +253,52 @@ def to_messages(record):
         raise Drop("not a record but " + type(record).__name__)
     columns = next((c for c in ANSWERS if c[0] in record and c[1] in record), None)
     if columns is None:
-        raise Drop("unknown columns: " + ", ".join(sorted(map(str, record)))[:200])
-    chosen, rejected = record[columns[0]], record[columns[1]]
-    prompt = next((record[c] for c in PROMPTS if record.get(c) is not None), None)
-    if isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
-        chosen, rejected = _dialogue(chosen), _dialogue(rejected)
-    prefix = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    if isinstance(record.get("system"), str) and record["system"].strip():
-        prefix = [{"role": "system", "content": record["system"]}, *prefix]
-    dialogues = []
-    for answer in (chosen, rejected):
-        if isinstance(answer, str):
-            answer = [{"role": "assistant", "content": answer}]
-        if not _are_messages(answer) or not _are_messages(prefix):
-            raise Drop("malformed: neither text nor a list of {role, content}")
-        if not any(message["role"] == "user" for message in answer):
-            answer = prefix + answer
-        dialogues.append([{"role": m["role"], "content": m["content"]} for m in answer])
-    if any(len(d) < 2 or d[-1]["role"] != "assistant" for d in dialogues):
+        raise Drop(f"unknown columns: {sorted(map(str, record))}"[:200])
+    answers = [record[column] for column in columns]
+    prompt = next((record[c] for c in PROMPTS if record.get(c)), [])
+    if not prompt and all(isinstance(answer, str) for answer in answers):
+        answers = [_dialogue(answer) for answer in answers]
+    system = _turns(record.get("system") or [], "system")
+    # an answer that starts with the user's turn holds the prompt already
+    before = {"assistant": system + _turns(prompt, "user"), "user": system, "system": []}
+    dialogues = [_turns(answer, "assistant") for answer in answers]
+    dialogues = [before[turns[0]["role"]] + turns for turns in dialogues if turns]
+    if len(dialogues) < 2 or any(len(d) < 2 or d[-1]["role"] != "assistant" for d in dialogues):
         raise Drop("malformed: no prompt, or no assistant's turn at the end")
-    messages = dialogues[0][:-1]
-    if messages != dialogues[1][:-1]:
+    (*messages, chosen), (*others, rejected) = dialogues
+    if messages != others:
         raise Drop("malformed: the two dialogues differ before the last answer")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise Drop("malformed: the prompt does not end with a user's turn")
-    return messages, dialogues[0][-1]["content"], dialogues[1][-1]["content"], _scores(record)
+    return messages, chosen["content"], rejected["content"], _scores(record)
 
 
-def _are_messages(value):
-    return isinstance(value, list) and all(
-        isinstance(m, dict)
-        and m.get("role") in ("system", "user", "assistant")
-        and isinstance(m.get("content"), str)
-        for m in value
-    )
+def _turns(value, role):
+    """Text as one turn of this role, or a list of {role, content}; raises Drop for another value."""
+    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise Drop("malformed: neither text nor a list of {role, content}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _dialogue(text):
-    """ "\\n\\nHuman: ...\\n\\nAssistant: ..." as a list of messages; None if it is not one."""
+    """ "\n\nHuman: ...\n\nAssistant: ..." as a list of turns, empty if it is not one."""
     start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    if start.strip() or not parts:
-        return None
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[who], "content": said}
-        for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [] if start.strip() else [{"role": roles[who], "content": said} for who, said in turns]
 
 
 def _scores(record):
-    for columns in SCORES:
+    for pattern in SCORES:
         try:
-            return tuple(float(record[column]) for column in columns)
-        except (KeyError, TypeError, ValueError):
+            return tuple(float(record[pattern.format(of)]) for of in ("chosen", "rejected"))
+        except (KeyError, TypeError, ValueError, OverflowError):
             continue  # this pair of columns is absent or holds no numbers
     return None
 
@@ -321,21 +310,25 @@ class PairTokenizer:
     max_length         tokens of prompt + answer, at most
     max_prompt_length  tokens of the prompt, at most
     keep_ties          whether pairs of equal score are kept
-    raises             InputError if the tokenizer has no token that could end an answer
+    raises             InputError if the tokenizer has no token that could end an answer, or a
+                       chat template that fails on a plain question and answer
     """
 
     def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
         self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
-        control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        decoder = tokenizer.added_tokens_decoder
+        control = {i: re.escape(token.content) for i, token in decoder.items() if token.special}
+        self.control = re.compile("|".join(control.values()) or r"(?!)")
         self.end_of_turn, generation_prompt = tokenizer.eos_token_id, []
         if tokenizer.chat_template:
             said = [{"role": "user", "content": "question"}]
-            answered = [*said, {"role": "assistant", "content": "ANSWER"}]
-            after = self._render(answered).rpartition("ANSWER")[2]
-            special = (i for i in self._ids(after) if i in tokenizer.all_special_ids)
+            try:
+                after = self._render([*said, {"role": "assistant", "content": "ANSWER"}])
+                asked = self._render(said, add_generation_prompt=True)
+            except TemplateError as error:
+                raise InputError(f"the chat template fails: {first_line(error)}") from error
+            special = (i for i in self._ids(after.rpartition("ANSWER")[2]) if i in control)
             self.end_of_turn = next(special, tokenizer.eos_token_id)
-            asked = self._render(said, add_generation_prompt=True)
             generation_prompt = self._ids(asked.rpartition("question")[2])
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
@@ -356,11 +349,8 @@ class PairTokenizer:
         if self.tokenizer.chat_template:
             return self._ids(self._render(messages, add_generation_prompt=True))
         text = "\n\n".join(message["content"] for message in messages)
-        ids = self._ids(text)
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and self.tokenizer("a", verbose=False).input_ids[:1] == [bos]:
-            ids = [bos, *ids]
-        return ids
+        first = self.tokenizer("a", verbose=False).input_ids[:1]
+        return (first if first == [self.tokenizer.bos_token_id] else []) + self._ids(text)
 
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
@@ -379,9 +369,7 @@ class PairTokenizer:
             answers = [[*self._ids(text), self.end_of_turn] for text in (chosen, rejected)]
         except (UnicodeError, TypeError) as error:  # how tokenizers refuse a lone surrogate
             raise Drop("malformed: not Unicode text") from error
-        except Exception as error:  # a template raises its own error for roles that it refuses
-            if type(error).__name__ != "TemplateError":
-                raise
+        except TemplateError as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         kept = prompt[-self.max_prompt_length :]
         room = self.max_length - len(kept)
@@ -391,8 +379,7 @@ class PairTokenizer:
         answers = [answer[:room] for answer in answers]
         if answers[0] == answers[1]:
             raise Drop("same text once cut")
-        key = json.dumps(messages)
-        return Pair(index, kept, *answers, prompt=key, cut=cut)
+        return Pair(index, kept, *answers, prompt=json.dumps(messages), cut=cut)
 
 
 def visiting_order(count, shuffle, seed):
@@ -403,29 +390,24 @@ def visiting_order(count, shuffle, seed):
     return order
 
 
-def select_pairs(parts, encoder, wanted, order, without=(), drops=None):
+def select_pairs(records, encoder, wanted, order, drops, without=()):
     """The first `wanted` usable pairs in the order given; 0 is all.
 
-    parts    list of sequences of dict; `order` indexes their concatenation
-    without  prompts that must not be taken
     drops    Counter to which the reasons of the records passed over are added
+    without  prompts that must not be taken
     returns  list of Pair
     """
-    drops = Counter() if drops is None else drops
-    starts = [sum(map(len, parts[:k])) for k in range(len(parts))]
     pairs = []
     for index in order:
         if wanted and len(pairs) == wanted:
             break
-        part = max(k for k, start in enumerate(starts) if start <= index and len(parts[k]))
         try:
-            pair = encoder.encode(parts[part][index - starts[part]], index)
+            pair = encoder.encode(records[index], index)
             if pair.prompt in without:
                 raise Drop("its prompt is in the evaluation set")
+            pairs.append(pair)
         except Drop as reason:
             drops[str(reason)] += 1
-        else:
-            pairs.append(pair)
     return pairs
 
 
@@ -434,35 +416,39 @@ def load_pairs(config, tokenizer):
 
     returns  train and evaluation (lists of Pair), {"train": Counter, "eval": Counter} of drops,
              and the stand-ins used
-    raises   InputError if no training pair is left, with the counts by reason
+    raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
     limits = config.max_length, config.max_prompt_length
     encoder = PairTokenizer(tokenizer, *limits, keep_ties=config.keep_ties)
-    parts, used = load_records(config.dataset, config.split, config.offline)
-    order = visiting_order(sum(map(len, parts)), config.shuffle, config.seed)
+    records, used = load_records(config.dataset, config.split, config.offline)
+    order = visiting_order(len(records), config.shuffle, config.seed)
     drops = {"train": Counter(), "eval": Counter()}
     evaluation = []
     if config.eval_pairs:
         source, same = config.eval_dataset or config.dataset, not config.eval_dataset
-        eval_parts = []
+        eval_records, eval_order, wanted = [], [], config.eval_pairs
         if config.eval_dataset or config.eval_split:
-            eval_parts = load_records(source, config.eval_split, config.offline, same)[0]
-        wanted, eval_order = config.eval_pairs, order[::-1]
-        if not eval_parts:  # held out from the end of the order, a fifth of it at the most
-            eval_parts, wanted = parts, max(1, min(wanted, len(order) // 5))
-        else:
-            count = sum(map(len, eval_parts))
-            eval_order = visiting_order(count, config.shuffle, config.seed)
-        evaluation = select_pairs(eval_parts, encoder, wanted, eval_order, (), drops["eval"])
+            eval_records, more = load_records(source, config.eval_split, config.offline, same)
+            eval_order = visiting_order(len(eval_records), config.shuffle, config.seed)
+            used = list(dict.fromkeys(used + more))
+        if same and not eval_order:  # held out from the end of the order, a fifth of it at the most
+            eval_records, eval_order = records, order[::-1]
+            wanted = max(1, min(wanted, len(order) // 5))
+        evaluation = select_pairs(eval_records, encoder, wanted, eval_order, drops["eval"])
+        _check_some(evaluation, source, len(eval_order), drops["eval"])
     held_out = {pair.prompt for pair in evaluation}
-    train = select_pairs(parts, encoder, config.train_pairs, order, held_out, drops["train"])
-    if not train:
-        counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops["train"].most_common(10))
+    train = select_pairs(records, encoder, config.train_pairs, order, drops["train"], held_out)
+    _check_some(train, config.dataset, len(order), drops["train"])
+    return train, evaluation, drops, used
+
+
+def _check_some(pairs, source, count, drops):
+    if not pairs:
+        counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops.most_common(10))
         raise InputError(
-            f"dataset {config.dataset}: no usable pair in {len(order)} records.\n{counts}"
+            f"dataset {source}: no usable pair in {count} records.\n{counts}"
             + (f"\n{ACCEPTED_COLUMNS}" if "columns" in counts or "malformed" in counts else "")
         )
-    return train, evaluation, drops, used
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, ranks=1):
@@ -503,6 +489,5 @@ def make_row(pairs, indices):
             ids += answer
             positions += range(prompt, prompt + len(answer))
         segments.append((prompt, len(pair.chosen_ids), len(pair.rejected_ids)))
-    tensors = map(torch.tensor, (ids, positions, predictors, targets))
-    ids, positions, predictors, targets = tensors
+    ids, positions, predictors, targets = map(torch.tensor, (ids, positions, predictors, targets))
     return Row(list(indices), ids, positions, segments, predictors, targets)

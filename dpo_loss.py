@@ -65,8 +65,11 @@ def token_logps(hidden, weight, targets):
     weight   (v, d), same dtype: the LM head
     targets  (n,) int64 token ids in [0, v)
     returns  (n,) float32 (float64 for float64 inputs), differentiable in hidden and weight
-    raises   RuntimeError if a target is outside the vocabulary or the shapes do not match
+    raises   ValueError if there is not one target for each hidden state, RuntimeError if a target
+             is outside the vocabulary
     """
+    if len(hidden) != len(targets):  # a lone target would be broadcast over its chunk
+        raise ValueError(f"{len(hidden)} hidden states, but {len(targets)} targets")
     return _TokenLogps.apply(hidden, weight, targets)
 
 
@@ -102,7 +105,7 @@ def dpo_loss(
                  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     conservative DPO,
                  E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO", eq. 3
         ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17
-        hinge    max(0, 1 - beta h)       the hinge-norm loss of RSO, arXiv 2309.06657, section 3;
+        hinge    max(0, 1 - beta h)       the hinge-norm loss of RSO, arXiv 2309.06657, eq. 10;
                  SLiC's loss (arXiv 2305.10425) on normalised log-probabilities
 
     policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps); no gradient is needed

@@ -1,16 +1,16 @@
 """Align a causal language model with Direct Preference Optimization (arXiv 2305.18290).
 
-    python train_dpo.py --config config.yaml                      one process
-    python train_dpo.py --config config.yaml beta=0.2 lr=5e-7     with other settings
-    python train_dpo.py --config config.yaml lr=[1e-7,1e-6]       a sweep
-    python train_dpo.py --config config.yaml --dry-run            look at the data, train nothing
-    torchrun --nproc-per-node=8 train_dpo.py --config config.yaml several GPUs
+    python train_dpo.py --config config.yaml                        one run
+    python train_dpo.py --config config.yaml beta=0.2 lr=5e-7       with other settings
+    python train_dpo.py --config config.yaml "lr=[1e-7, 1e-6]"      a sweep
+    python train_dpo.py --config config.yaml --dry-run              look at the data, train nothing
+    torchrun --nproc-per-node=8 train_dpo.py --config config.yaml   eight GPUs
 
-The run from top to bottom, as main() does it:
+From top to bottom, as main() runs it:
     read_config   config.yaml and overrides -> a Config for each run of the sweep
     prepare       model, pairs, rows, and the reference's log-probabilities of each pair
-    train         DPO loss -> gradients -> AdamW step, with metrics, checkpoints and evaluations
-    finish        evaluation before and after, model/, report.md, curves.png
+    train         DPO loss -> gradients -> AdamW step; metrics, evaluations, checkpoints
+    finish        evaluation before and after, report.md, curves.png, model/
 """
 
 import argparse
@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -48,16 +47,17 @@ import data
 from data import InputError
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-# what may change between two sessions of one run
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
+          dict: "lines of `name: stand-in`"}
+# settings that may change between two sessions of one run, and between the runs of a sweep that
+# share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
-# what runs of a sweep may differ in and still share the model and its reference log-probabilities
-AFTER_REFERENCE = HARMLESS | {
-    *("loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio", "weight_decay"),
-    *("max_grad_norm", "save_dtype", "output_dir"),
-}
-METRICS = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
+                      "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
+METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
+           "logps/chosen", "logps/rejected")
 
 
 class TrainingError(RuntimeError):
@@ -65,10 +65,10 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT or SIGTERM arrived; the argument is its number."""
 
 
-def setting(default, low=None, high=None, choices=None):
+def setting(default, low=-math.inf, high=math.inf, choices=()):
     """A config field with its inclusive bounds or its choices."""
     return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
@@ -106,7 +106,7 @@ class Config:
     device: str = "auto"
     activation_checkpointing: bool = False
     lora_r: int = setting(0, 0)
-    lora_alpha: float = setting(16, 0)
+    lora_alpha: float = setting(16.0, 0)
     lora_dropout: float = setting(0.0, 0, 0.99)
     lora_target_modules: str = "all-linear"
     lora_merge: bool = False
@@ -118,42 +118,34 @@ class Config:
     sample_prompts: int = setting(3, 0)
     report_to: str = setting("none", choices=("none", "tensorboard", "wandb"))
     reference_cache: str | None = "runs/reference_cache"
-    offline: dict = field(default_factory=dict)
+    offline: dict | None = None
 
 
-def check_setting(spec, value, kind):
+def check_setting(spec, kind, value):
     """The value as the setting's type; "1e-7", which YAML reads as text, is a number.
 
-    spec     dataclasses.Field of Config
-    kind     its type hint
-    raises   InputError that names the setting, the value and what would be right
+    spec, kind  dataclasses.Field of Config and its type hint
+    raises      InputError that names the setting, the value and what would be right
     """
-    kinds = typing.get_args(kind) or (kind,)
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if value is None and type(None) in kinds:
+    if value is None and type(None) in typing.get_args(kind):
         return None
-    if kinds[0] is dict:
-        if value is not None and not isinstance(value, dict):
-            raise InputError(f"{spec.name} must be lines of `name: stand-in`, not {value!r}")
-        return {str(k): str(v) for k, v in (value or {}).items()}
+    kind = (*typing.get_args(kind), kind)[0]
     try:
-        if isinstance(value, bool) != (kinds[0] is bool) or isinstance(value, (dict, type(None))):
+        if isinstance(value, bool) != (kind is bool):
             raise ValueError
-        if kinds[0] is str and not isinstance(value, str):
+        if kind in (str, dict) and not isinstance(value, kind):
             raise ValueError
-        if kinds[0] is int and float(value) != int(float(value)):
+        number = float(value) if kind in (int, float) else 0
+        if not math.isfinite(number) or kind is int and number != int(number):
             raise ValueError
-        value = kinds[0](float(value)) if kinds[0] is int else kinds[0](value)
+        value = kind(number) if kind in (int, float) else value
     except (ValueError, TypeError, OverflowError):
-        raise InputError(f"{spec.name} must be {wanted[kinds[0]]}, not {value!r}") from None
+        raise InputError(f"{spec.name} must be {WANTED[kind]}, not {value!r}") from None
     low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
     if choices and value not in choices:
         raise InputError(f"{spec.name} must be one of {', '.join(choices)}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{spec.name} must be finite, not {value}")
-    if (low is not None and value < low) or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {high}"
-        raise InputError(f"{spec.name} must be at least {low}{upper}, not {value}")
+    if kind in (int, float) and not low <= value <= high:
+        raise InputError(f"{spec.name} must be from {low} to {high}, not {value}")
     return value
 
 
@@ -161,118 +153,123 @@ def read_config(path, overrides=()):
     """Read config.yaml and `name=value` overrides; the last of a repeated override counts.
 
     returns  a Config for each run (several where settings are lists), and the names that vary
-    raises   InputError for a file, name or value that is not right
+    raises   InputError for a file, a name or a value that is not right
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        settings = yaml.safe_load(text) or {}
-        given = {}
-        for override in overrides:
-            name, equals, value = override.partition("=")
-            if not equals:
-                raise InputError(f"{override!r} is no override: type name=value")
-            given[name.strip()] = yaml.safe_load(value)
-    except (OSError, UnicodeDecodeError) as error:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
+        given = [override.partition("=") for override in overrides]
+        given = {name.strip(): yaml.safe_load(value) for name, equals, value in given if equals}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"config {path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"config {path} must be lines of `name: value`")
-    settings |= given
-    specs, kinds = {f.name: f for f in fields(Config)}, typing.get_type_hints(Config)
+    bare = [override for override in overrides if "=" not in override]
+    if bare or not isinstance(settings, dict):
+        raise InputError(f"{' '.join(bare)}: type name=value" if bare
+                         else f"config {path} must hold lines of `name: value`")
+    specs, kinds = {spec.name: spec for spec in fields(Config)}, typing.get_type_hints(Config)
     choices = {}
-    for name, value in settings.items():
+    for name, value in (settings | given).items():
         if name not in specs:
-            near = difflib.get_close_matches(str(name), specs, 1)
-            raise InputError(
-                f"unknown setting {name!r}"
-                + (f": did you mean {near[0]}?" if near else f"; there are {', '.join(specs)}")
-            )
-        swept = isinstance(value, list) and kinds[name] not in (bool, dict)
-        if swept and not value:
+            near = difflib.get_close_matches(str(name), specs, 1, 0.4)
+            raise InputError(f"unknown setting {name!r}"
+                             + (f": did you mean {near[0]}?" if near else ": see --help"))
+        values = value if isinstance(value, list) and kinds[name] not in (bool, dict) else [value]
+        if not values:
             raise InputError(f"{name} is an empty list: give at least one value")
-        values = [check_setting(specs[name], v, kinds[name]) for v in (value if swept else [value])]
-        choices[name] = list(dict.fromkeys(values)) if swept else values
-    varied = [name for name, values in choices.items() if len(values) > 1]
-    configs = []
+        checked = [check_setting(specs[name], kinds[name], v) for v in values]
+        choices[name] = [v for i, v in enumerate(checked) if v not in checked[:i]]
+    varied, configs = [name for name, values in choices.items() if len(values) > 1], []
     for values in itertools.product(*choices.values()):
         config = Config(**dict(zip(choices, values, strict=True)))
         if config.label_smoothing and config.loss != "sigmoid":
             raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
         template = config.output_dir
-        template += "".join(f"_{n}{{{n}}}" for n in varied if f"{{{n}}}" not in template)
+        template += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in template)
+        filled = {name: str(value).replace("/", "-") for name, value in asdict(config).items()}
         try:
-            filled = {k: str(v).replace("/", "-") for k, v in asdict(config).items()}
             configs.append(replace(config, output_dir=template.format_map(filled)))
         except (KeyError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"output_dir {template!r}: {error} is no setting's name") from error
+            raise InputError(f"output_dir {template}: {error} is no setting's name") from error
     return configs, varied
 
 
-def say(text=""):
+def say(text):
     """Print a line, from one process only."""
     if RANK == 0:
-        tqdm.write(str(text))
+        tqdm.write(text)
         sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def progress(total, title, done=0):
-    """A bar on a terminal; elsewhere a plain line for every tenth. Yields tick(n, **figures)."""
-    bar = tqdm(
-        total=total, initial=done, desc=title, unit="pair", leave=True, dynamic_ncols=True,
-        disable=RANK > 0 or not sys.stderr.isatty(),
-    )  # fmt: skip
-    state = {"n": done, "start": time.time()}
+def progress(title, total, done=0):
+    """A bar on a terminal, elsewhere a plain line for every tenth. Yields tick(n, **figures)."""
+    start, count = time.time(), done
+    bar = tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
+               disable=RANK > 0 or not sys.stderr.isatty())
 
     def tick(n, **figures):
-        before, state["n"] = state["n"], state["n"] + n
+        nonlocal count
+        count += n
         bar.set_postfix(figures, refresh=False)
         bar.update(n)
-        if bar.disable and before * 10 // total != state["n"] * 10 // total:
-            seconds = time.time() - state["start"]
-            left = seconds / (state["n"] - done) * (total - state["n"])
-            shown = " ".join(f"{k}={v}" for k, v in figures.items())
-            say(f"{title} {state['n']}/{total} {seconds:.0f} s, {left:.0f} s left {shown}")
+        if bar.disable and count * 10 // total > (count - n) * 10 // total:
+            seconds = time.time() - start
+            say(f"{title} {count}/{total}, {seconds:.0f} s, "
+                f"{seconds / (count - done) * (total - count):.0f} s left"
+                + "".join(f", {name} {value}" for name, value in figures.items()))
 
     with bar:
         yield tick
 
 
-def all_sum(tensor):
-    """Sum over the processes, in place."""
+def from_all(value):
+    """Every process's value as a list, on every process."""
+    values = [value] * WORLD
     if WORLD > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        dist.all_gather_object(values, value)
+    return values
 
 
-def from_first(value):
-    """The first process's value, on every process."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def full(tensor):
+    """The whole of a tensor that FSDP2 may have sharded, on the CPU."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+
+
+_signals = []
+
+
+def catch_signals():
+    """Note SIGINT and SIGTERM, to stop after the step in hand; a second one stops at once."""
+    def note(number, frame):
+        _signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
+def check_signal():
+    """Raise Interrupted, on all processes, if any of them has been asked to stop."""
+    asked = sum(from_all(_signals[:1]), [])
+    if asked:
+        raise Interrupted(asked[0])
 
 
 def resolve_machine(config):
     """The config with device and dtype decided: bfloat16 only where it is the faster one."""
-    device = config.device
+    device, dtype = config.device, config.dtype
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = "mps" if torch.backends.mps.is_available() else device
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {data.first_line(error)}") from error
-    dtype = config.dtype
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities()
-        fast = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+        fast = device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
         if device.startswith("cuda"):
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = "bfloat16" if fast and not device.startswith("mps") else "float32"
+        dtype = "bfloat16" if fast else "float32"
     return replace(config, device=device, dtype=dtype)
 
 
@@ -280,39 +277,36 @@ def load_model(config):
     """Load the model in float32 on the CPU, and its tokenizer.
 
     returns  model, tokenizer, and the stand-in's name or None
-    raises   InputError if it cannot be had, or is not a causal language model
+    raises   InputError if it cannot be had or is no causal language model
     """
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
 
     def load(path):
-        extra = {}
+        model_options = {}
         if path.endswith(".gguf"):
-            path, extra["gguf_file"] = os.path.split(os.path.abspath(path))
-        tokenizer = AutoTokenizer.from_pretrained(path, **extra, **options)
-        if extra:
-            extra["quantization_config"] = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **extra, **options
-        )
-        return model, tokenizer
+            path, options["gguf_file"] = os.path.split(os.path.abspath(path))
+            model_options["quantization_config"] = GgufConfig(dequantize=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        return tokenizer, AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **options, **model_options)
 
-    (model, tokenizer), stand_in = data.open_source(config.model, "model", config.offline, load)
+    (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline, load)
     for module in model.modules():  # the model stays in train mode, without dropout
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
                 setattr(module, name, 0.0)
-    return model, tokenizer, stand_in
+    return model.train(), tokenizer, stand_in
 
 
 def shared_prompt_attention(module, query, key, value, mask, scaling=None, segments=(), **kwargs):
-    """Attention over a Row: each answer sees its prompt and itself, no other answer or pair.
+    """Attention over a data.Row: each answer sees its prompt and itself, no other answer or pair.
 
     Two products a pair: prompt and chosen answer causally, then the rejected answer over prompt
-    and itself. Called by every attention layer through transformers' AttentionInterface.
+    and itself. Every attention layer calls it through transformers' AttentionInterface.
 
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
     segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t
-    returns   (1, t, heads, head_dim) and None
+    returns   (1, t, heads, head_dim), None
     """
     outputs, start = [], 0
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
@@ -320,13 +314,11 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
         middle, end = start + prompt + chosen, start + prompt + chosen + rejected
         q, k, v = (x[:, :, start:middle] for x in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
-        q, (k, v) = query[:, :, middle:end], (
-            torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), 2)
-            for x in (key, value)
-        )
+        k, v = (torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), 2)
+                for x in (key, value))
         seen = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=q.device)
-        mask = seen.tril(prompt)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options))
+        outputs.append(F.scaled_dot_product_attention(
+            query[:, :, middle:end], k, v, attn_mask=seen.tril(prompt), **options))
         start = end
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
@@ -335,10 +327,10 @@ AttentionInterface.register("shared_prompt", shared_prompt_attention)
 
 
 class AnswerLogps(nn.Module):
-    """Log-probability of each answer token of a Row under a causal language model.
+    """The log-probability of each answer token of a data.Row under a causal language model.
 
-    shared    whether the row runs as it is, its prompts computed once; otherwise each answer runs
-              as a sequence of its own through the model's own forward, which is right for any model
+    shared  whether a row runs as it is, its prompts computed once; otherwise each answer runs as a
+            sequence of its own through the model's own forward, which is right for any model
     """
 
     def __init__(self, model, shared=True):
@@ -354,8 +346,7 @@ class AnswerLogps(nn.Module):
         if self.shared:
             hidden = self.model.base_model(
                 input_ids=row.input_ids[None], position_ids=row.position_ids[None],
-                segments=row.segments, use_cache=False,
-            ).last_hidden_state[0]  # fmt: skip
+                segments=row.segments, use_cache=False).last_hidden_state[0]
             head = self.model.get_output_embeddings().weight
             return token_logps(hidden[row.predictors], head, row.targets)
         logps, start = [], 0
@@ -369,71 +360,61 @@ class AnswerLogps(nn.Module):
         return torch.cat(logps)
 
     @torch.no_grad()
-    def generate(self, prompt_ids, eos, max_new_tokens=128):
+    def generate(self, prompt_ids, end_of_turn, max_new_tokens=128):
         """Token ids of the greedy answer to a prompt."""
+        during_training = self.model.config._attn_implementation
         self.model.eval().set_attn_implementation(self.own_attention)
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=eos,
-            pad_token_id=eos, max_new_tokens=max_new_tokens, temperature=None, top_p=None,
-        )  # fmt: skip
-        self.model.train().set_attn_implementation(
-            "shared_prompt" if self.shared else self.own_attention
-        )
-        return out[0, len(prompt_ids) :].tolist()
+        answer = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None,
+            top_k=None, max_new_tokens=max_new_tokens, eos_token_id=end_of_turn,
+            pad_token_id=end_of_turn)
+        self.model.train().set_attn_implementation(during_training)
+        return answer[0, len(prompt_ids) :].tolist()
 
 
 @torch.no_grad()
 def choose_layout(model, pairs, tolerance=1e-3):
-    """Compute the longest pair with a shared prompt and as two sequences, and compare.
+    """Whether rows may share prompts: the longest pair, both ways, within `tolerance` nats a token.
 
-    returns  whether rows may share prompts, and the largest difference in nats a token (None if
-             the shared row was not tried or the model refuses it)
+    Answers beyond the model's sliding window always run as separate sequences.
     """
-    longest = max(pairs, key=lambda pair: pair.tokens)
-    windows = [getattr(model.config, "sliding_window", None) or math.inf]
-    reach = max(
-        len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs
-    )
-    if reach > min(windows):
-        say(f"Prompt and answer exceed the model's sliding window of {windows[0]} tokens:"
-            " separate sequences.")  # fmt: skip
-        return False, None
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    if any(len(p.prompt_ids) + len(ids) > window 
+           for p in pairs for ids in (p.chosen_ids, p.rejected_ids)):
+        say(f"Layout: separate sequences, as some exceed the sliding window of {window} tokens")
+        return False
+    longest, own = max(pairs, key=lambda pair: pair.tokens), model.config._attn_implementation
     row = data.make_row([longest], [0])
     expected = AnswerLogps(model, shared=False)(row)
-    own = model.config._attn_implementation
     try:
         difference = (AnswerLogps(model)(row) - expected).abs().max().item()
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        say(f"The model takes no shared-prompt rows ({data.first_line(error)}).")
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        say(f"The model refuses rows that share a prompt ({data.first_line(error)})")
         difference = math.inf
-    finally:
-        model.set_attn_implementation(own)
+    model.set_attn_implementation(own)
     shared = difference <= tolerance
-    say(f"Self-check on the longest pair ({longest.tokens} tokens): shared prompt and separate "
-        f"sequences differ by {difference:.1e} nat a token"
-        + ("" if shared else ": separate sequences are used (slower, right)."))  # fmt: skip
-    return shared, difference
+    say(f"Layout: {'shared prompts' if shared else 'separate sequences'}; on the longest pair "
+        f"({longest.tokens} tokens) the two differ by {difference:.1e} nat a token at most")
+    return shared
 
 
 @dataclass
 class Setup:
     """What the runs of a sweep share."""
 
-    config: Config
     model: nn.Module
     tokenizer: typing.Any
     policy: AnswerLogps
-    adapter: typing.Any  # peft's model around `model`, or None
+    adapter: typing.Any  # peft's wrapper of the model, or None
     weights: dict  # name -> float32 tensor that the optimizer updates
     copies: list  # (parameter in the compute dtype, its float32 weights)
     pairs: dict  # "train" and "eval" -> list of data.Pair
-    steps: list  # optimizer steps, each a list of Rows
-    eval_rows: list
-    facts: dict  # what the report says of data, machine and reference
-    reference: dict = field(default_factory=dict)  # "train" and "eval" -> (pairs, 2) log-probs
-    answers: list = field(default_factory=list)  # the reference's, to the sample prompts
-    initial: dict | None = None  # the first weights, kept where another run follows
+    steps: dict  # "train" and "eval" -> list of optimizer steps, each a list of data.Row
+    facts: dict  # what report and dry run say of data and machine
+    reference: dict  # "train" and "eval" -> (pairs, 2) log-probabilities; empty in a dry run
+    answers: list  # the reference's, to the sample prompts
+    initial: dict  # the first weights, kept where several runs start from them
 
 
 def add_adapter(model, config):
@@ -443,14 +424,11 @@ def add_adapter(model, config):
     except ImportError as error:
         raise InputError("lora_r above 0 needs peft. Type: pip install peft") from error
     names = config.lora_target_modules
-    if names != "all-linear":
-        names = [name.strip() for name in names.split(",")]
-    options = peft.LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=names, task_type="CAUSAL_LM",
-    )  # fmt: skip
+    names = names if names == "all-linear" else [name.strip() for name in names.split(",")]
     try:
-        return peft.get_peft_model(model, options)
+        return peft.get_peft_model(model, peft.LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            target_modules=names, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise InputError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
 
@@ -458,62 +436,56 @@ def add_adapter(model, config):
 def place_weights(model, policy, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    One process keeps a float32 copy of each trained weight and adds up its gradients there.
-    Several shard float32 weights with FSDP2, which casts them as it gathers them.
+    One process keeps a float32 copy of each trained weight and adds up its gradients there;
+    several shard the float32 weights with FSDP2, which casts them as it gathers them.
 
-    returns  weights by name, as the optimizer updates them, and the (parameter, weights) copies
+    returns  weights by name, as the optimizer updates them, and (parameter, weights) copies
     """
-    dtype = DTYPES[config.dtype]
+    dtype, copies = DTYPES[config.dtype], []
+    model.to(config.device)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     if WORLD > 1:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = dist.init_device_mesh(torch.device(config.device).type, (WORLD,))
         layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(policy, mesh=mesh, mp_policy=precision)
+        for module in (*layers, policy):
+            fully_shard(module, mp_policy=precision)
         register_fsdp_forward_method(policy, "generate")
-        return {n: p for n, p in model.named_parameters() if p.requires_grad}, []
-    weights, copies = {}, []
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if WORLD > 1 or config.lora_r or dtype == torch.float32:
+        return weights, copies
 
-    def add_up(parameter, master):
-        grad, parameter.grad = parameter.grad.float(), None
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
+    def add_up(parameter, weight):
+        grad, parameter.grad = parameter.grad, None
+        weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    model.to(config.device)
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        if not parameter.requires_grad or dtype != torch.float32 and not config.lora_r:
-            parameter.data = weight.to(dtype)
-        if parameter.requires_grad:
-            weights[name] = parameter
-            if parameter.dtype != torch.float32:
-                weights[name] = nn.Parameter(weight)
-                copies.append((parameter, weights[name]))
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p, master=weights[name]: add_up(p, master)
-                )
+    for name, parameter in weights.items():
+        weights[name] = weight = nn.Parameter(parameter.data)
+        parameter.data = parameter.data.to(dtype)
+        parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
+        copies.append((parameter, weight))
     return weights, copies
 
 
-def row_flops(row, model):
-    """Floating point operations of a forward pass over a Row: two per weight and token."""
-    config = model.config.get_text_config()
-    matrices = sum(
-        p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n
-    )
-    head = config.vocab_size * config.hidden_size
+def row_flops(row, model, matrices):
+    """Floating point operations of a forward pass over a Row: two a weight and token.
+
+    matrices  number of weights in the model's matrices, embeddings and head apart
+    """
+    shape = model.config.get_text_config()
     seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for p, c, r in row.segments)
-    attention = 4 * seen * config.hidden_size * config.num_hidden_layers
-    return 2 * matrices * len(row.input_ids) + 2 * head * len(row.targets) + attention
+    return (2 * matrices * len(row.input_ids) + 4 * seen * shape.hidden_size * shape.num_hidden_layers
+            + 2 * shape.vocab_size * shape.hidden_size * len(row.targets))
 
 
 def matmul_peak(config, size=1024, seconds=0.3):
-    """Measured floating point operations a second of a matrix product in the compute dtype."""
+    """Floating point operations a second of a matrix product in the compute dtype, measured."""
     a = torch.randn(size, size, device=config.device, dtype=DTYPES[config.dtype])
-    b, best, start = a.clone(), math.inf, time.time()
-    while time.time() - start < seconds:
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds:
         begin = time.perf_counter()
-        (a @ b)[0, 0].item()
+        (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
     return 2 * size**3 / best
 
@@ -523,10 +495,10 @@ def compute_logps(policy, rows, count, config, title):
     """log pi(y|x) of all pairs of these rows, shared out over the processes.
 
     returns  (count, 2) float32 on the CPU: chosen, rejected, in nats
-    raises   Interrupted between two rows
+    raises   Interrupted, between two rows
     """
     logps = torch.zeros(count, 2)
-    with progress(count, title) as tick:
+    with progress(title, count) as tick:
         for start in range(0, len(rows), WORLD):
             row = rows[min(start + RANK, len(rows) - 1)]
             answers = sequence_logps(policy(row), row.lengths, config.length_normalize)
@@ -535,153 +507,334 @@ def compute_logps(policy, rows, count, config, title):
             tick(sum(len(row.pairs) for row in rows[start : start + WORLD]))
             check_signal()
     if WORLD > 1:
-        policy.reshard()  # FSDP2: an optimizer built on gathered weights would go wrong silently
-    return all_sum(logps.to(policy.model.device)).cpu()
+        policy.reshard()  # an optimizer built on gathered weights goes silently wrong
+    return sum(from_all(logps))
 
 
-def reference_logps(setup, config, digest):
+def reference_logps(setup, config):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
-    They are the policy's own before its first step, in the rows and numerics of training, so that
-    the first loss is exactly ln 2. digest is a hash of the model's weights.
+    The reference is the policy before its first step, so they are computed with it, in the rows and
+    the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
-    every = [row for rows in setup.steps for row in rows]
-    layout = [(r.input_ids.tolist(), r.segments, r.pairs) for r in every + setup.eval_rows]
-    machine = [config.dtype, config.device, torch.get_num_threads(), WORLD, config.length_normalize]
-    key = [digest, layout, machine, setup.policy.shared, torch.cpu.get_capabilities()["cpu_name"]]
-    key += [torch.__version__, transformers.__version__, setup.policy.own_attention]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32] + ".safetensors"
-    path = Path(config.reference_cache or "/nonexistent") / name
-    cached = load_file(path) if RANK == 0 and path.exists() else None
-    cached = from_first(cached)
-    if cached:
-        say(f"Reference log-probabilities: from {path}")
-        return cached
-    found = {
-        "train": compute_logps(setup.policy, every, len(setup.pairs["train"]), config, "reference"),
-        "eval": compute_logps(
-            setup.policy, setup.eval_rows, len(setup.pairs["eval"]), config, "reference, evaluation"
-        ),
-    }
+    splits = {split: sum(steps, []) for split, steps in setup.steps.items()}
+    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own_attention, config.dtype,
+           config.device, config.length_normalize, torch.get_num_threads(), WORLD,
+           torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
+           [(row.input_ids.tolist(), row.segments) for rows in splits.values() for row in rows]]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
+    found = from_all(load_file(path) if RANK == 0 and path.exists() else None)[0]
+    if found:
+        say(f"Reference log-probabilities: read from {path}")
+        return found
+    context = setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext()
+    with context:
+        found = {split: compute_logps(setup.policy, rows, len(setup.pairs[split]), config,
+                                      f"reference, {split}") for split, rows in splits.items()}
     if config.reference_cache and RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        save_file(found, path.with_suffix(f".{os.getpid()}"))
+        os.replace(path.with_suffix(f".{os.getpid()}"), path)
     return found
 
 
-def prepare(config, keep_initial=False, dry=False):
+def prepare(config, dry_run=False, several=False):
     """Load model and pairs, lay out rows, and compute the reference's log-probabilities."""
-    begin = time.time()
     model, tokenizer, stand_in = load_model(config)
-    train, evaluation, drops, stand_ins = data.load_pairs(config, tokenizer)
-    pairs = {"train": train, "eval": evaluation}
+    train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
+    pairs = {"train": train, "eval": held_out}
     for split, wanted in (("train", config.train_pairs), ("eval", config.eval_pairs)):
-        dropped = ", ".join(f"{n} {why}" for why, n in drops[split].most_common())
-        say(f"{len(pairs[split])} {split} pairs ({dropped or 'none'} dropped)")
-        if len(pairs[split]) < wanted:
-            say(f"Warning: {split}_pairs asks for {wanted}, there are {len(pairs[split])}.")
-    shared, difference = choose_layout(model, train + evaluation)
+        dropped = ", ".join(f"{count} {why}" for why, count in drops[split].most_common())
+        say(f"{len(pairs[split])} {split} pairs; dropped: {dropped or 'none'}"
+            + (f"\nWarning: {split}_pairs asks for {wanted}" if len(pairs[split]) < wanted else ""))
     digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n)
+    facts = {"drops": drops, "weights": digest.hexdigest(), "matrices": matrices,
+             "parameters": sum(p.numel() for p in model.parameters()),
+             "stand_ins": stand_ins + ([f"{config.model} -> {stand_in}"] if stand_in else [])}
+    shared = choose_layout(model, train + held_out)
     torch.manual_seed(config.seed)
     adapter = add_adapter(model, config) if config.lora_r else None
     policy = AnswerLogps(model, shared)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
     weights, copies = place_weights(model, policy, config)
-    pairs_per_step = config.batch_size * config.gradient_accumulation_steps
-    row_tokens = config.batch_size * max(pair.tokens for pair in train + evaluation)
-    layout = lambda split: [
-        [data.make_row(pairs[split], indices) for indices in rows]
-        for rows in data.group_into_steps(pairs[split], pairs_per_step, row_tokens, WORLD)
-    ]
-    facts = {
-        "drops": {split: dict(counts) for split, counts in drops.items()},
-        "stand_ins": stand_ins + ([f"{config.model} -> {stand_in}"] if stand_in else []),
-        "self_check": difference, "shared": shared, "peak": matmul_peak(config),
-        "load_seconds": time.time() - begin,
-    }  # fmt: skip
-    setup = Setup(
-        config, model, tokenizer, policy, adapter, weights, copies, pairs, layout("train"),
-        [row for rows in layout("eval") for row in rows], facts,
-    )  # fmt: skip
-    if dry:
-        return setup
-    begin = time.time()
-    context = adapter.disable_adapter() if adapter else contextlib.nullcontext()
-    with context:
-        setup.reference = reference_logps(setup, config, digest.hexdigest())
-    facts["reference_seconds"] = time.time() - begin
-    setup.answers = sample_answers(setup, config.sample_prompts)
-    if keep_initial:
-        setup.initial = {name: w.detach().cpu().clone() for name, w in weights.items()}
+    facts["peak"] = matmul_peak(config) * WORLD
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    longest = config.batch_size * max(pair.tokens for pair in train + held_out)
+    steps = {split: [[data.make_row(pairs[split], indices) for indices in rows] for rows in
+                     data.group_into_steps(pairs[split], per_step, longest, WORLD)]
+             for split in pairs}
+    setup = Setup(model, tokenizer, policy, adapter, weights, copies, pairs, steps, facts, {}, [], {})
+    if not dry_run:
+        start = time.time()
+        setup.reference = reference_logps(setup, config)
+        facts["reference_seconds"] = time.time() - start
+        setup.answers = sample_answers(setup, config.sample_prompts)
+    if several:
+        setup.initial = {name: weight.detach().clone() for name, weight in weights.items()}
     return setup
 
 
 def sample_answers(setup, count):
-    """Greedy answers to the first held-out prompts, as text."""
-    tokenizer, eos = setup.tokenizer, data.PairTokenizer(setup.tokenizer).end_of_turn
-    prompts = [pair.prompt_ids for pair in (setup.pairs["eval"] or setup.pairs["train"])[:count]]
-    answers = [setup.policy.generate(ids, eos) for ids in prompts]
-    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    """Greedy answers to the first held-out prompts (training prompts if none is held out)."""
+    end_of_turn = data.PairTokenizer(setup.tokenizer).end_of_turn
+    shown = (setup.pairs["eval"] or setup.pairs["train"])[:count]
+    answers = [setup.policy.generate(pair.prompt_ids, end_of_turn) for pair in shown]
+    return [setup.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
 def score(logps, reference, config):
-    """Per-pair figures from (n, 2) log-probabilities of policy and reference.
-
-    returns  losses (n,) with their gradient, and a detached (n, 5) table in the order of METRICS
-    """
+    """Losses of (n, 2) log-probabilities, with gradient, and an (n, 7) table of METRICS without."""
     losses, chosen, rejected = dpo_loss(
-        logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1],
-        config.beta, config.loss, config.label_smoothing,
-    )  # fmt: skip
-    table = torch.stack((losses, chosen, rejected, logps[:, 0], logps[:, 1]), 1)
-    return losses, table.detach()
+        *logps.unbind(1), *reference.unbind(1), config.beta, config.loss, config.label_smoothing)
+    margins = chosen - rejected
+    wins = (margins.sign() + 1) / 2  # a tie counts one half
+    return losses, torch.stack((losses.detach(), chosen, rejected, margins, wins,
+                                *logps.detach().unbind(1)), 1)
 
 
-def summarize(table):
-    """A score table's means as metrics; a margin of exactly 0 counts as half accurate."""
-    margins = table[:, 1] - table[:, 2]
-    wins = (margins > 0).float() + (margins == 0).float() / 2
-    means = dict(zip(METRICS, table.double().mean(0).tolist(), strict=True))
-    return means | {
-        "rewards/margins": margins.double().mean().item(),
-        "rewards/accuracies": wins.double().mean().item(),
-    }
+def summarize(table, intervals=False):
+    """Means of a score table as metrics; with intervals also name/ci95, the half widths.
 
-
-def interval(values):
-    """Mean of independent values and the half width of its 95 % interval (normal)."""
-    values = values.double()
-    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return values.mean().item(), half
+    An evaluation's interval is also that of its paired change since the start, when policy and
+    reference were one and every pair had the same loss, margin 0 and accuracy one half.
+    """
+    metrics = dict(zip(METRICS, table.double().mean(0).tolist(), strict=True))
+    if intervals:
+        halves = 1.96 * table.double().std(0) / math.sqrt(len(table))
+        metrics |= {f"{name}/ci95": half for name, half in zip(METRICS, halves.tolist())}
+    return metrics
 
 
 def learning_rate(step, total, config):
     """The rate of optimizer step `step` (from 0): linear warmup, then a cosine to 0 at `total`."""
     warmup = round(config.warmup_ratio * total)
     if step < warmup:
-        return config.lr * step / warmup
-    return config.lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def step_order(count, config):
-    """The order in which all epochs visit the optimizer steps' groups; the seed decides it."""
-    order = list(range(count))
-    for epoch in range(1, config.epochs):
-        order += data.visiting_order(count, config.shuffle, config.seed + epoch)
-    return order
+        return config.lr * (step + 1) / (warmup + 1)
+    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def make_optimizer(weights, config):
     """AdamW; weight decay on matrices only, not on biases and norms."""
-    decayed = [w for w in weights.values() if w.ndim > 1]
-    rest = [w for w in weights.values() if w.ndim < 2]
-    groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+    groups = [{"params": [w for w in weights.values() if w.ndim > 1]},
+              {"params": [w for w in weights.values() if w.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def write_atomically(path, text):
+    """Write a file so that a crash or a reader finds the old or the new one, never a half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoint_tensors(weights, optimizer):
+    """All tensors of a checkpoint by name, made where they are missing; reading fills them."""
+    for weight in weights.values():
+        optimizer.state[weight] = optimizer.state[weight] or {
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
+            "exp_avg_sq": torch.zeros_like(weight)}
+    return {f"{key}.{name}": tensor for name, weight in weights.items()
+            for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
+
+
+def file_hashes(folder):
+    """sha256 of each file of a checkpoint, its manifest apart."""
+    hashes = {}
+    for path in sorted(set(folder.iterdir()) - {folder / "manifest.json"}):
+        with open(path, "rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def save_checkpoint(folder, weights, optimizer, position):
+    """Write folder/step_N whole or not at all, then remove all but it and the one before.
+
+    position  what cannot be derived from the config: {"step", "skipped", "seconds"}
+    raises    OSError if the disk is full; the earlier checkpoints stay
+    """
+    path = folder / f"step_{position['step']:07d}"
+    temporary = path.with_suffix(".tmp")
+    try:
+        dcp.save(checkpoint_tensors(weights, optimizer), no_dist=WORLD == 1,
+                 checkpoint_id=temporary)
+        if RANK == 0:
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+            manifest = {"position": position, "files": file_hashes(temporary)}
+            write_atomically(temporary / "manifest.json", json.dumps(manifest))
+            os.replace(temporary, path)
+            for old in sorted(folder.glob("step_*"))[:-2]:
+                shutil.rmtree(old)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(f"the checkpoint {path} could not be written "
+                            f"({data.first_line(error)}); earlier ones are intact") from error
+
+
+def load_checkpoint(folder, weights, optimizer):
+    """Fill weights and optimizer from the newest undamaged checkpoint; its position, or None."""
+    for path in folder.glob("*.tmp") if RANK == 0 else ():
+        shutil.rmtree(path)
+    for path in sorted(folder.glob("step_*[0-9]"), reverse=True):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            whole = RANK > 0 or manifest["files"] == file_hashes(path)
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if all(from_all(whole)):
+            dcp.load(checkpoint_tensors(weights, optimizer), checkpoint_id=path,
+                     no_dist=WORLD == 1)
+            return manifest["position"]
+        say(f"Warning: checkpoint {path} is damaged; the one before it is tried")
+    return None
+
+
+def read_metrics(path):
+    """The rows of metrics.jsonl; a line that a crash has torn is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def open_tracker(config):
+    """A function that sends a dict of figures at a step to the tracker, if one is configured."""
+    try:
+        if config.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(config.output_dir)
+            return lambda figures, step: [
+                writer.add_scalar(name, value, step) for name, value in figures.items()]
+        if config.report_to == "wandb":
+            import wandb
+
+            run = wandb.init(project="train_dpo", dir=config.output_dir, config=asdict(config))
+            return lambda figures, step: run.log(figures | {"optimizer_step": step})
+    except ImportError as error:
+        raise InputError(f"report_to {config.report_to}: type pip install {config.report_to}, or "
+                         "report_to=none") from error
+    return lambda figures, step: None
+
+
+def train(setup, config, folder):
+    """Train one run to its end, from its newest checkpoint if it has one; fills metrics.jsonl.
+
+    raises   TrainingError, or Interrupted after a checkpoint
+    """
+    weights, policy, path = setup.weights, setup.policy, folder / "metrics.jsonl"
+    optimizer, steps = make_optimizer(weights, config), setup.steps["train"]
+    order = [i for epoch in range(config.epochs)
+             for i in data.visiting_order(len(steps), config.shuffle and epoch, config.seed + epoch)]
+    position = load_checkpoint(folder / "checkpoints", weights, optimizer)
+    if position:
+        say(f"Resuming after optimizer step {position['step']} of {len(order)}")
+    position = position or {"step": 0, "skipped": 0, "seconds": setup.facts["reference_seconds"]}
+    started = time.time() - position["seconds"]
+    rows = [row for row in read_metrics(path) if position["step"] and row["step"] <= position["step"]]
+    track = open_tracker(config) if RANK == 0 else None
+    if RANK == 0:
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def log(split, figures):
+        figures |= {"seconds": round(time.time() - started, 3)}
+        row = {"step": position["step"], "split": split} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in figures.items()}
+        if RANK == 0:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if split == "eval" or position["step"] % config.logging_every == 0:
+                track({f"{split}/{name}": value for name, value in row.items()
+                       if isinstance(value, (int, float))}, position["step"])
+
+    def evaluate():
+        if setup.pairs["eval"]:
+            logps = compute_logps(policy, sum(setup.steps["eval"], []), len(setup.pairs["eval"]),
+                                  config, "evaluation")
+            log("eval", summarize(score(logps, setup.reference["eval"], config)[1], True))
+
+    def checkpoint():
+        if RANK == 0:
+            with open(path, "a") as file:
+                os.fsync(file.fileno())
+        position["seconds"] = time.time() - started
+        save_checkpoint(folder / "checkpoints", weights, optimizer, position)
+
+    if setup.pairs["eval"] and not position["step"]:
+        reference = setup.reference["eval"]
+        log("eval", summarize(score(reference, reference, config)[1], True))
+    copy_weights(setup.copies)
+    lost = 0
+    pairs = [sum(len(row.pairs) for row in steps[i]) for i in order]
+    with progress("training", sum(pairs), sum(pairs[: position["step"]])) as tick:
+        for step in range(position["step"], len(order)):
+            begin, group = time.time(), steps[order[step]]
+            torch.manual_seed(config.seed + step * WORLD + RANK)  # lora_dropout's; nothing to save
+            tables, tokens = [], sum(len(row.input_ids) for row in group)
+            for turn in range(0, len(group), WORLD):
+                # a process without a row of its own runs one of weight 0
+                row, mine = group[min(turn + RANK, len(group) - 1)], turn + RANK < len(group)
+                logps = sequence_logps(policy(row), row.lengths, config.length_normalize)
+                reference = setup.reference["train"][row.pairs].to(logps.device)
+                losses, table = score(logps.view(-1, 2), reference, config)
+                (losses.sum() * (mine * WORLD / pairs[step])).backward()
+                tables += [table] if mine else []
+            norm = nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
+            norm = full(norm).item()
+            tables = torch.cat(sum(from_all([table.cpu() for table in tables]), []))
+            figures = summarize(tables) | {
+                "grad_norm": norm, "tokens": tokens, "lr": learning_rate(step, len(order), config)}
+            position["step"] = step + 1
+            if math.isfinite(norm) and math.isfinite(figures["loss"]):
+                lost = 0
+                for options in optimizer.param_groups:
+                    options["lr"] = figures["lr"]
+                optimizer.step()
+            else:
+                lost += 1
+                position["skipped"] += 1
+                figures["skipped"] = [setup.pairs["train"][i].index for row in group for i in row.pairs]
+                say(f"Step {step + 1}: loss or gradient is not finite; update skipped, records "
+                    f"{figures['skipped']}")
+            optimizer.zero_grad()
+            copy_weights(setup.copies)
+            seconds = time.time() - begin
+            flops = 3 * sum(row_flops(row, setup.model, setup.facts["matrices"]) for row in group)
+            figures["tokens_per_second"] = round(tokens / seconds, 1)
+            figures["peak_share"] = round(flops / seconds / setup.facts["peak"], 4)
+            log("train", figures)
+            if step == 0:
+                say(f"First loss {figures['loss']:.6f}: {abs(figures['loss'] - math.log(2)):.0e} "
+                    "from ln 2")
+            shown = {} if step % config.logging_every else {
+                "loss": f"{figures['loss']:.4f}", "margin": f"{figures['rewards/margins']:.4f}",
+                "accuracy": f"{figures['rewards/accuracies']:.2f}",
+                "tokens/s": f"{tokens / seconds:.0f}", "peak": f"{figures['peak_share']:.0%}"}
+            tick(pairs[step], **shown)
+            if lost == 3:
+                raise TrainingError(
+                    "three steps in a row had a loss or gradient that is not finite. Lower lr or set "
+                    f"dtype=float32; the last good checkpoint is kept in {folder / 'checkpoints'}")
+            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < len(order):
+                evaluate()
+            try:
+                check_signal()
+            except Interrupted:
+                checkpoint()
+                raise
+            if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < len(order):
+                checkpoint()
+                draw_curves(read_metrics(path), folder / "curves.png")
+    evaluate()
 
 
 @torch.no_grad()
@@ -691,481 +844,320 @@ def copy_weights(copies):
         parameter.copy_(weight)
 
 
-def write_atomically(path, text):
-    """Write a file so that a reader, or a crash, finds the old one or the new one, never half."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def draw_curves(rows, path):
+    """curves.png from the rows of metrics.jsonl: training smoothed, evaluation with intervals."""
+    import matplotlib
+    import pandas
 
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
-def file_hashes(folder):
-    """sha256 of each file in a checkpoint folder, its manifest apart."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "manifest.json":
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def checkpoint_state(weights, optimizer):
-    """The tensors of a checkpoint, by name; reading one fills them in place."""
-    for weight in weights.values():
-        if not optimizer.state[weight]:
-            optimizer.state[weight] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight),
-            }  # fmt: skip
-    return {
-        f"{kind}.{name}": optimizer.state[weight][kind] if kind != "weight" else weight
-        for name, weight in weights.items()
-        for kind in ("weight", "step", "exp_avg", "exp_avg_sq")
-    }
-
-
-def save_checkpoint(folder, weights, optimizer, position):
-    """Write folder/step_N whole or not at all; then remove all but it and the one before.
-
-    position  {"step", "skipped", "seconds"}: what cannot be derived from step and config
-    raises    OSError if the disk is full; earlier checkpoints stay
-    """
-    path = folder / f"step_{position['step']:07d}"
-    temporary = path.with_suffix(".tmp")
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        dcp.save(checkpoint_state(weights, optimizer), checkpoint_id=temporary, no_dist=WORLD == 1)
-        if RANK == 0:
-            manifest = {"position": position, "files": file_hashes(temporary)}
-            write_atomically(temporary / "manifest.json", json.dumps(manifest))
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-            for old in sorted(folder.glob("step_*"))[:-2]:
-                shutil.rmtree(old)
-    except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; its position, or None."""
-    for path in sorted(folder.glob("step_*[0-9]"), reverse=True):
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            whole = RANK > 0 or manifest["files"] == file_hashes(path)
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if from_first(whole):
-            dcp.load(
-                checkpoint_state(weights, optimizer), checkpoint_id=path, no_dist=WORLD == 1
-            )
-            return manifest["position"]
-        say(f"Warning: checkpoint {path} is damaged; the one before it is tried.")
-    return None
-
-
-def read_metrics(path, last_step=math.inf):
-    """The rows of metrics.jsonl up to a step; a torn last line is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= last_step]
-
-
-def open_tracker(config):
-    """A function that sends one metrics row to TensorBoard or Weights & Biases, or does nothing."""
-    if config.report_to == "none" or RANK > 0:
-        return lambda row: None
-    try:
-        if config.report_to == "wandb":
-            import wandb
-
-            run = wandb.init(project="train_dpo", dir=config.output_dir, config=asdict(config))
-            return lambda row: run.log({f"{row['split']}/{k}": v for k, v in row.items()})
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        package = config.report_to
-        raise InputError(f"report_to {package} needs it. Type: pip install {package}") from error
-    writer = SummaryWriter(config.output_dir)
-
-    def track(row):
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
-        writer.flush()
-
-    return track
-
-
-_signals = []
-
-
-def catch_signals():
-    """Note SIGINT and SIGTERM; training stops after the step in hand, a second one at once."""
-
-    def note(number, frame):
-        _signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-
-
-def check_signal():
-    """Raise Interrupted if any process has been asked to stop."""
-    asked = all_sum(torch.tensor([float(_signals[0] if _signals else 0)] * (WORLD > 1) or [0.0]))
-    if _signals or asked[0]:
-        raise Interrupted(_signals[0] if _signals else signal.SIGTERM)
-
-
-def evaluate(setup, config):
-    """The score table of the evaluation pairs under the policy as it is now."""
-    logps = compute_logps(
-        setup.policy, setup.eval_rows, len(setup.pairs["eval"]), config, "evaluation"
-    )
-    return score(logps, setup.reference["eval"], config)[1]
-
-
-def train(setup, config, folder):
-    """Train one run to its end, from its newest checkpoint if it has one.
-
-    returns  the evaluation's score table after training (None without evaluation pairs), and a
-             dict of figures for the report
-    raises   TrainingError, Interrupted (after a checkpoint), OSError
-    """
-    weights, policy = setup.weights, setup.policy
-    optimizer = make_optimizer(weights, config)
-    order = step_order(len(setup.steps), config)
-    position = load_checkpoint(folder / "checkpoints", weights, optimizer)
-    position = position or {"step": 0, "skipped": 0, "seconds": setup.facts["reference_seconds"]}
-    if position["step"]:
-        say(f"Resuming after step {position['step']} of {len(order)}.")
-    copy_weights(setup.copies)
-    metrics_path, track = folder / "metrics.jsonl", open_tracker(config)
-    rows = read_metrics(metrics_path, position["step"])
-    if RANK == 0:
-        write_atomically(metrics_path, "".join(json.dumps(row) + "\n" for row in rows))
-    metrics = open(metrics_path, "a", encoding="utf-8") if RANK == 0 else None
-    begin = time.time() - position["seconds"]
-    figures = {"tokens": 0, "flops": 0.0, "seconds": 0.0}
-
-    def log(split, values):
-        row = {"step": position["step"], "split": split, **values}
-        row["seconds"] = round(time.time() - begin, 3)
-        row = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in row.items()}
-        if RANK == 0:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-        if split == "eval" or position["step"] % config.logging_every == 0:
-            track(row)
-
-    def checkpoint():
-        if RANK == 0:
-            os.fsync(metrics.fileno())
-        position["seconds"] = time.time() - begin
-        save_checkpoint(folder / "checkpoints", weights, optimizer, position)
-
-    table = None
-    if setup.pairs["eval"] and not position["step"]:
-        reference = setup.reference["eval"]
-        log("eval", summarize(score(reference, reference, config)[1]))
-    pairs_total = sum(len(row.pairs) for g in order for row in setup.steps[g])
-    pairs_done = sum(len(row.pairs) for g in order[: position["step"]] for row in setup.steps[g])
-    in_a_row = 0
-    with progress(pairs_total, "training", pairs_done) as tick:
-        while position["step"] < len(order):
-            start, step = time.time(), position["step"]
-            group = setup.steps[order[step]]
-            indices = [i for row in group for i in row.pairs]
-            torch.manual_seed(config.seed + step * WORLD + RANK)  # LoRA's dropout; no state to save
-            scores = torch.zeros(len(indices), len(METRICS), device=policy.model.device)
-            for turn in range(0, len(group), WORLD):
-                # a process without a row of its own runs one of weight 0
-                row = group[min(turn + RANK, len(group) - 1)]
-                weight = WORLD / len(indices) if turn + RANK < len(group) else 0.0
-                logps = sequence_logps(policy(row), row.lengths, config.length_normalize)
-                reference = setup.reference["train"][row.pairs].to(logps.device)
-                losses, part = score(logps.view(-1, 2), reference, config)
-                (losses.sum() * weight).backward()
-                if weight:
-                    scores[[indices.index(i) for i in row.pairs]] = part
-            scores = all_sum(scores)
-            norm = nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
-            norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-            rate = learning_rate(step, len(order), config)
-            values = summarize(scores.cpu())
-            finite = math.isfinite(norm) and math.isfinite(values["loss"])
-            if finite:
-                for group_options in optimizer.param_groups:
-                    group_options["lr"] = rate
-                optimizer.step()
-                copy_weights(setup.copies)
-            else:
-                lost = [setup.pairs["train"][i].index for i in indices]
-                position["skipped"] += 1
-                values["skipped"] = lost
-                say(f"Step {step + 1}: loss or gradient is not finite, update skipped; records "
-                    f"{lost}")  # fmt: skip
-            optimizer.zero_grad()
-            in_a_row = 0 if finite else in_a_row + 1
-            tokens = sum(len(row.input_ids) for row in group)
-            position["step"] += 1
-            log("train", values | {"grad_norm": norm, "lr": rate, "tokens": tokens})
-            if step == 0:
-                say(f"First loss {values['loss']:.6f}, {abs(values['loss'] - math.log(2)):.1e} "
-                    "from ln 2")  # fmt: skip
-            seconds = time.time() - start
-            flops = 3 * sum(row_flops(row, setup.model) for row in group)
-            figures["tokens"] += tokens
-            figures["flops"] += flops
-            figures["seconds"] += seconds
-            shown = {
-                "loss": f"{values['loss']:.4f}", "acc": f"{values['rewards/accuracies']:.2f}",
-                "margin": f"{values['rewards/margins']:.4f}", "tok/s": f"{tokens / seconds:.0f}",
-                "peak": f"{flops / seconds / setup.facts['peak'] / WORLD:.0%}",
-            }  # fmt: skip
-            tick(len(indices), **(shown if step % config.logging_every == 0 else {}))
-            if in_a_row == 3:
-                raise TrainingError(
-                    "three steps in a row had a loss or gradient that is not finite. Lower lr, or "
-                    "take dtype=float32; the last good checkpoint is kept and the same command "
-                    f"goes on from it: {folder / 'checkpoints'}"
-                )
-            last = position["step"] == len(order)
-            if setup.pairs["eval"] and (
-                last or config.eval_every and position["step"] % config.eval_every == 0
-            ):
-                table = evaluate(setup, config)
-                log("eval", summarize(table))
-            try:
-                check_signal()
-            except Interrupted:
-                checkpoint()
-                raise
-            if config.save_every and position["step"] % config.save_every == 0 and not last:
-                checkpoint()
-                if RANK == 0:
-                    draw_curves(read_metrics(metrics_path), folder / "curves.png")
-    figures["skipped"] = position["skipped"]
-    return table, figures
-
-
-def full(tensor):
-    """A whole CPU tensor from a sharded one, on every process."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+    frame = pandas.DataFrame(rows)
+    trained, held_out = (frame[frame["split"] == split] for split in ("train", "eval"))
+    panels = {"loss": ["loss"], "rewards/accuracies": ["rewards/accuracies"],
+              "rewards/margins": ["rewards/margins"], "grad_norm": ["grad_norm"], "lr": ["lr"],
+              "rewards": ["rewards/chosen", "rewards/rejected"]}
+    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+        for name, color in zip(names, ("tab:blue", "tab:orange"), strict=False):
+            own = f"{name.removeprefix('rewards/')}, " if len(names) > 1 else ""
+            if title != "lr":
+                axis.plot(trained["step"], trained[name], color=color, alpha=0.2, linewidth=0.8)
+            smooth = trained[name].rolling(1 if title == "lr" else 1 + len(trained) // 20,
+                                           min_periods=1).mean()
+            axis.plot(trained["step"], smooth, color=color, label=f"{own}training")
+            if f"{name}/ci95" in frame:
+                axis.errorbar(held_out["step"], held_out[name], held_out[f"{name}/ci95"], capsize=3,
+                              fmt="o--", color=color, mfc="white", label=f"{own}held out, 95 %")
+        if title in ("loss", "rewards/accuracies"):
+            axis.axhline(math.log(2) if title == "loss" else 0.5, color="gray", linestyle=":",
+                         label="ln 2" if title == "loss" else "chance")
+        axis.set(title=title, xlabel="optimizer step")
+        axis.legend(fontsize=8)
+    figure.savefig(path.with_suffix(".tmp.png"), dpi=90)
+    os.replace(path.with_suffix(".tmp.png"), path)
+    pyplot.close(figure)
 
 
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    model, dtype, seen = setup.model, DTYPES[config.save_dtype], set()
-    deltas = {}
-    if config.lora_merge and setup.adapter:
-        for name, module in model.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                deltas[f"{name}.base_layer.weight"] = full(module.get_delta_weight("default"))
-    state = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:  # tied weights stand once
-            seen.add(id(tensor))
-            state[name] = full(setup.weights.get(name, tensor)).to(dtype)
-            if name in deltas:
-                state[name] = (state[name].float() + deltas[name].float()).to(dtype)
+    dtype, state, deltas = DTYPES[config.save_dtype], {}, {}
+    for name, module in setup.model.named_modules() if config.lora_merge and config.lora_r else ():
+        if hasattr(module, "get_delta_weight"):
+            deltas[f"{name}.base_layer.weight"] = full(module.get_delta_weight("default")).float()
+    for name, tensor in setup.model.named_parameters():
+        value = full(setup.weights.get(name, tensor)).float()
+        state[name] = (value + deltas.get(name, 0)).to(dtype)
     if RANK > 0:
         return
-    temporary, final = folder / "model.tmp", folder / "model"
+    temporary, model = folder / "model.tmp", setup.model
     shutil.rmtree(temporary, ignore_errors=True)
     if setup.adapter and not config.lora_merge:
-        state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
-        setup.adapter.save_pretrained(temporary, state_dict=state)
+        setup.adapter.save_pretrained(
+            temporary, state_dict={f"base_model.model.{name}": v for name, v in state.items()})
     else:
-        state = {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
-        eos, generation = model.generation_config.eos_token_id, model.generation_config
-        eos = {eos} if isinstance(eos, int) else set(eos or ())
-        eos.add(data.PairTokenizer(setup.tokenizer).end_of_turn)
-        generation.eos_token_id = sorted(eos) if len(eos) > 1 else eos.pop()
-        model.save_pretrained(temporary, state_dict=state)
+        ends = model.generation_config.eos_token_id
+        ends = {data.PairTokenizer(setup.tokenizer).end_of_turn} | (
+            {ends} if isinstance(ends, int) else set(ends or ()))
+        model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+        model.save_pretrained(temporary, state_dict={
+            name.replace(".base_layer", ""): v for name, v in state.items() if ".lora_" not in name})
         described = json.loads((temporary / "config.json").read_text())
-        described["dtype"] = config.save_dtype
+        described["dtype"] = config.save_dtype  # transformers notes the compute dtype
         (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-
-
-def draw_curves(rows, path):
-    """curves.png from the rows of metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
-        "loss": ["loss"], "accuracy": ["rewards/accuracies"], "margin": ["rewards/margins"],
-        "rewards": ["rewards/chosen", "rewards/rejected"], "gradient norm": ["grad_norm"],
-        "learning rate": ["lr"],
-    }  # fmt: skip
-    train = [row for row in rows if row["split"] == "train"]
-    held_out = [row for row in rows if row["split"] == "eval"]
-    window = max(1, len(train) // 20)
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
-        for name, color in zip(names, ("#0072B2", "#D55E00"), strict=False):
-            values = [math.nan if r.get(name) is None else r[name] for r in train]
-            steps = [r["step"] for r in train]
-            label = f"{name.removeprefix('rewards/')}, " if len(names) > 1 else ""
-            if title != "learning rate":
-                axis.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
-                values = [
-                    sum(part) / len(part)
-                    for part in (values[max(0, i - window) : i + 1] for i in range(len(values)))
-                ]
-            axis.plot(steps, values, color=color, label=label + "train, smoothed")
-            shown = [r for r in held_out if r.get(name) is not None]
-            axis.errorbar(
-                [r["step"] for r in shown], [r[name] for r in shown],
-                [r.get(name + "_ci") or 0 for r in shown], fmt="o-", markersize=4, capsize=3,
-                color="#009E73" if color == "#0072B2" else "#CC79A7", label=label + "held out",
-            )  # fmt: skip
-        if title in ("loss", "accuracy"):
-            level = math.log(2) if title == "loss" else 0.5
-            axis.axhline(level, color="gray", linestyle=":", linewidth=1)
-        axis.set(title=title, xlabel="optimizer step")
-    axes.flat[0].legend(fontsize=8)
-    axes.flat[3].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def compare(before, after):
-    """Rows (name, before, after, change, half width of its 95 % interval), paired by pair."""
-    def columns(table):
-        margins = table[:, 1] - table[:, 2]
-        wins = (margins > 0).double() + (margins == 0).double() / 2
-        return {"loss": table[:, 0], "rewards/margins": margins, "rewards/accuracies": wins}
-
-    first, last = columns(before), columns(after)
-    return [
-        (name, first[name].mean().item(), last[name].mean().item(),
-         *interval(last[name].double() - first[name].double())) for name in first
-    ]  # fmt: skip
-
-
-def verdict(comparison):
-    """One sentence: what changed measurably, if anything did."""
-    changed = [name for name, *_, change, half in comparison if abs(change) > half]
-    if not changed:
-        return "no measurable change: each 95 % interval includes 0"
-    return f"measurable change in {', '.join(changed)}"
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    os.replace(temporary, folder / "model")
 
 
 def markdown(header, rows):
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def finish(setup, config, folder, table, figures):
-    """Print and write what the run has come to: report.md, model/, curves.png, results.json."""
-    results, answers = {}, sample_answers(setup, config.sample_prompts)
-    rows, sentence = [], "no evaluation pairs"
-    if table is not None:
-        reference = setup.reference["eval"]
-        comparison = compare(score(reference, reference, config)[1], table)
-        sentence = verdict(comparison)
-        rows = [
-            (name, f"{a:.4f}", f"{b:.4f}", f"{change:+.4f} ± {half:.4f}")
-            for name, a, b, change, half in comparison
-        ]
-        results = {name: [b, half] for name, _, b, _, half in comparison}
-    evaluation = markdown(("held out", "before", "after", "change, 95 % interval"), rows)
-    say(f"\n{evaluation}\n{sentence}\n")
-    facts = setup.facts
-    lengths = sorted(pair.tokens for pair in setup.pairs["train"])
-    speed = figures["tokens"] / max(figures["seconds"], 1e-9)
-    share = figures["flops"] / max(figures["seconds"], 1e-9) / facts["peak"] / WORLD
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def describe_data(setup, config):
+    """Lines on the pairs: drops by reason, token lengths, how many are cut."""
+    for split, pairs in setup.pairs.items():
+        lengths = sorted(pair.tokens for pair in pairs) or [0]
+        spread = ", ".join(f"{p} % {lengths[(len(lengths) - 1) * p // 100]}"
+                           for p in (0, 10, 50, 90, 100))
+        yield (f"{split}: {len(pairs)} pairs, {sum(pair.cut for pair in pairs)} of them cut to fit "
+               f"max_length {config.max_length} and max_prompt_length {config.max_prompt_length}")
+        yield f"  tokens a row, percentiles: {spread}"
+        yield from (f"  dropped {count}: {why}" for why, count in setup.facts["drops"][split].items())
+
+
+def memory_estimate(parameters, trained, row_tokens, width, layers, config, processes=1):
+    """Bytes for each process: weights, gradients, AdamW's moments, and a row's activations.
+
+    parameters, trained  numbers of weights in all and to train
+    row_tokens, width    tokens of the longest row and the model's hidden size
+    """
+    size = DTYPES[config.dtype].itemsize
+    copies = (size if size < 4 and not config.lora_r and processes == 1 else 0) + 4 + 4 + 8
+    fixed = ((parameters - trained) * size + trained * copies) / processes
+    kept = (2 if config.activation_checkpointing else 60) * size / 2
+    return fixed + row_tokens * width * layers * kept + 0.8e9
+
+
+def finish(setup, config, folder):
+    """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
+    rows, facts = read_metrics(folder / "metrics.jsonl"), setup.facts
+    held_out = [row for row in rows if row["split"] == "eval"]
+    trained = [row for row in rows if row["split"] == "train"]
+    evaluation = "There were no evaluation pairs."
+    if held_out:
+        changes = {name: (held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"])
+                   for name in ("loss", "rewards/margins", "rewards/accuracies")}
+        evaluation = markdown(("held out", "before", "after", "change, paired 95 % interval"), [
+            (name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f} ± {ci:.4f}")
+            for name, (a, b, ci) in changes.items()])
+        changed = [name for name, (a, b, ci) in changes.items() if abs(b - a) > ci]
+        evaluation += "\n\n" + (f"Measurable change in {', '.join(changed)}." if changed else
+                                "No measurable change: every interval includes 0.")
+    say(f"\n{evaluation}\n")
+    median = lambda name: sorted(row[name] for row in trained)[len(trained) // 2]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.device.startswith("cuda"):
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    defaults = Config()
-    changed = {k: v for k, v in asdict(config).items() if v != getattr(defaults, k)}
-    shown = {"model": config.model, "dataset": config.dataset, "beta": config.beta, "lr": config.lr}
-    settings = markdown(("setting", "value"), (shown | changed | {"offline": "..."}).items())
-    drops = [(s, n, why) for s, counts in facts["drops"].items() for why, n in counts.items()]
-    samples = "".join(
-        f"\n### Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\n**before**\n\n"
-        f"{quote(old)}\n\n**after**\n\n{quote(new)}\n"
-        for pair, old, new in zip(
-            setup.pairs["eval"] or setup.pairs["train"], setup.answers, answers, strict=False
-        )
-    )
-    speed_text = (
-        f"{len(lengths)} training pairs; tokens a pair: median {lengths[len(lengths) // 2]}, "
-        f"longest {lengths[-1]}; {sum(p.cut for p in setup.pairs['train'])} cut to fit.\n"
-        f"Reference pass {facts['reference_seconds']:.0f} s, training {figures['seconds']:.0f} s, "
-        f"{speed:.0f} tokens/s, {share:.0%} of the measured matmul peak, "
-        f"{memory:.1f} GB at most. Updates skipped: {figures['skipped']}."
-    )
-    stand_ins = "".join(f"\n> **Stand-in:** {name}\n" for name in facts["stand_ins"])
-    report = (
-        f"# DPO run\n{stand_ins}\n{evaluation}\n\n{sentence}\n\n![curves](curves.png)\n\n"
-        f"## Settings\n\n{settings}\n\n## Data and speed\n\n{speed_text}\n\n"
-        f"{markdown(('split', 'dropped', 'reason'), drops)}\n\n## Answers\n{samples}"
-    )
-    card = (
-        f"---\nbase_model: {config.model}\ndatasets:\n- {config.dataset}\nlicense: {'unknown'}\n"
-        f"tags:\n- dpo\n---\n\n# {config.model}, aligned with DPO\n\n{evaluation}\n\n{settings}\n"
-    )
+        memory = torch.cuda.max_memory_allocated()
+    speed = (f"{trained[-1]['seconds']:.0f} s from the start of the reference pass; median "
+             f"{median('tokens_per_second'):.0f} tokens/s, {median('peak_share'):.0%} of the matrix "
+             f"product's measured peak; {memory / 1e9:.1f} GB at most; "
+             f"{sum('skipped' in row for row in trained)} updates skipped")
+    shown = {"model", "dataset", "beta", "lr", "loss", "epochs", "dtype"} | {
+        name for name, value in asdict(config).items() if value != getattr(Config, name, None)}
+    settings = markdown(("setting", "value"), [
+        (name, value) for name, value in asdict(config).items() if name in shown - {"offline"}])
+    quote = lambda text: "\n".join(f"> {line}" for line in text.splitlines() or [""])
+    shown_pairs = setup.pairs["eval"] or setup.pairs["train"]
+    samples = "\n\n".join(
+        f"**Prompt**\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\n**Reference**\n\n"
+        f"{quote(before)}\n\n**Trained**\n\n{quote(after)}\n\n---"
+        for pair, before, after in zip(shown_pairs, setup.answers, sample_answers(
+            setup, config.sample_prompts), strict=False))
+    stand_ins = "".join(f"> Out of the Hub's reach, used instead: {name}\n\n"
+                        for name in facts["stand_ins"])
+    described = "\n".join(describe_data(setup, config))
+    card = (f"---\nbase_model: {config.model}\ndatasets:\n- {config.dataset}\nlicense: other\n"
+            f"tags:\n- dpo\n---\n# {Path(config.model).name} aligned with DPO\n\n{stand_ins}"
+            f"{evaluation}\n\n{settings}\n\nTrained with Direct Preference Optimization (arXiv "
+            "2305.18290). The base model's licence applies.\n")
+    report = (f"# DPO: {folder.name}\n\n{stand_ins}{evaluation}\n\n![curves](curves.png)\n\n"
+              f"{settings}\n\n```\n{described}\n{speed}\n```\n\n## Answers\n\n{samples}\n")
+    say(speed)
+    if RANK == 0:
+        draw_curves(rows, folder / "curves.png")
+        write_atomically(folder / "report.md", report)
     save_model(setup, config, folder, card)
     if RANK == 0:
-        write_atomically(folder / "report.md", report)
-        draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
-        write_atomically(folder / "results.json", json.dumps(results))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say(f"Model: {folder / 'model'}   Report: {folder / 'report.md'}")
+    say(f"The model is in {folder / 'model'}, the report in {folder / 'report.md'}")
 
 
-def quote(text):
-    """Text as a Markdown quotation."""
-    return "\n".join("> " + line for line in text.splitlines() or [""])
+def dry_run(setup, config):
+    """Print what a run would see and take: data, the first pair, time and memory."""
+    for line in describe_data(setup, config):
+        say(line)
+    pair, color = setup.pairs["train"][0], sys.stdout.isatty()
+    special = set(setup.tokenizer.all_special_ids)
+    for title, code, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
+                             ("rejected", 31, pair.rejected_ids)):
+        paint = lambda text, c: f"\033[{c}m{text}\033[0m" if color else text
+        say(f"--- {title}, {len(ids)} tokens\n" + "".join(
+            paint(setup.tokenizer.decode([i]), 35) if i in special else setup.tokenizer.decode([i])
+            for i in ids))
+    rows = {split: sum(steps, []) for split, steps in setup.steps.items()}
+    flops = {split: sum(row_flops(row, setup.model, setup.facts["matrices"]) for row in part)
+             for split, part in rows.items()}
+    row = sorted(rows["train"], key=lambda row: len(row.input_ids))[len(rows["train"]) // 2]
+    with torch.no_grad():
+        setup.policy(row)
+        start = time.time()
+        setup.policy(row)
+    rate = row_flops(row, setup.model, setup.facts["matrices"]) / (time.time() - start) * WORLD
+    seconds = (flops["train"] * (1 + 3 * config.epochs) + flops["eval"] * 2) / rate
+    shape = setup.model.config.get_text_config()
+    trained = sum(weight.numel() for weight in setup.weights.values())
+    memory = memory_estimate(setup.facts["parameters"], trained, max(len(r.input_ids) for r in rows[
+        "train"]), shape.hidden_size, shape.num_hidden_layers, config, WORLD)
+    say(f"Estimate: {seconds / 60:.0f} minutes, {memory / 1e9:.1f} GB of memory a process")
+
+
+def sweep_summary(configs, varied):
+    """Table, sweep.csv and sweep.png of a sweep's runs, best held-out accuracy first."""
+    import pandas
+
+    rows = []
+    for config in configs:
+        last = [row for row in read_metrics(Path(config.output_dir) / "metrics.jsonl")
+                if row["split"] == "eval"][-1:]
+        rows += [{name: getattr(config, name) for name in varied} | row for row in last]
+    if not rows:
+        return
+    frame = pandas.DataFrame(rows).sort_values("rewards/accuracies", ascending=False)
+    folder = Path(configs[0].output_dir).parent
+    frame.to_csv(folder / "sweep.csv", index=False)
+    shown = [*varied, "rewards/accuracies", "rewards/accuracies/ci95", "rewards/margins",
+             "rewards/margins/ci95", "loss"]
+    say(markdown(shown, [[f"{v:.4g}" if isinstance(v, float) else v for v in row]
+                         for row in frame[shown].itertuples(index=False)]))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    x = "lr" if "lr" in varied else varied[0]
+    lines = frame.sort_values(x).groupby([name for name in varied if name != x] or (lambda _: ""))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, name in zip(axes, ("rewards/accuracies", "rewards/margins"), strict=True):
+        for (label, part), marker in zip(lines, itertools.cycle("osD^vP")):
+            axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"], capsize=3,
+                          marker=marker, label=" ".join(map(str, label)) or None)
+        axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
+        axis.legend(title=", ".join(name for name in varied if name != x))
+    figure.savefig(folder / "sweep.png", dpi=90)
+    say(f"Sweep: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Lock a run's folder; a dead process does not keep the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            if RANK == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another process is training in {folder}") from None
+        yield
+
+
+def check_unchanged(folder, config):
+    """Raise InputError if an unfinished run's folder holds other settings than these."""
+    path = folder / "config.yaml"
+    old = yaml.safe_load(path.read_text()) if path.exists() else {}
+    changed = [f"{name} was {old[name]} and is {value}" for name, value in asdict(config).items()
+               if name in old and old[name] != value and name not in HARMLESS]
+    if changed and (folder / "checkpoints").exists():
+        raise InputError(f"{folder} holds an unfinished run with other settings: "
+                         f"{'; '.join(changed)}.\nSet them back to go on with it, give another "
+                         "output_dir, or start it anew with --overwrite")
+
+
+def run(configs, varied, options):
+    """All runs of a sweep (mostly one), sharing model and reference where they can."""
+    setup = shared = None
+    for config in configs:
+        folder = Path(config.output_dir)
+        if (folder / "model").exists() and not options.overwrite:
+            say(f"{folder} is finished. Add --overwrite to train it anew.")
+            continue
+        if not options.overwrite:
+            check_unchanged(folder, config)
+        key = {name: value for name, value in asdict(config).items() if name not in SHARING}
+        if key != shared:
+            setup = None  # free the old model before the next one loads
+            setup, shared = prepare(config, options.dry_run, len(configs) > 1), key
+        if options.dry_run:
+            return dry_run(setup, config)
+        with claim(folder):
+            if options.overwrite and RANK == 0:
+                for name in ("checkpoints", "model"):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+            if RANK == 0:
+                write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(config)))
+            with torch.no_grad():
+                for name, first in setup.initial.items():
+                    setup.weights[name].copy_(first)
+            train(setup, config, folder)
+            finish(setup, config, folder)
+    if len(configs) > 1 and RANK == 0:
+        sweep_summary(configs, varied)
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("overrides", nargs="*")
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=Path(__file__).with_name("config.yaml").read_text(encoding="utf-8"))
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings for this run")
+    parser.add_argument("--config", required=True, help="YAML file of settings, listed below")
+    parser.add_argument("--dry-run", action="store_true", help="show data and cost, train nothing")
+    parser.add_argument("--overwrite", action="store_true", help="train finished runs anew")
     options = parser.parse_intermixed_args(arguments)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    catch_signals()
     try:
         configs, varied = read_config(options.config, options.overrides)
-        catch_signals()
-        configs = [resolve_machine(c) for c in configs]
-        setup = None
-        for config in configs:
-            folder = Path(config.output_dir)
-            if (folder / "results.json").exists() and not options.overwrite:
-                say(f"{folder} is finished; --overwrite does it again.")
-                continue
-            setup = setup or prepare(config, len(configs) > 1)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(config)))
-            if setup.initial:
-                with torch.no_grad():
-                    for n, w in setup.weights.items(): w.copy_(setup.initial[n])
-            table, figures = train(setup, config, folder)
-            finish(setup, config, folder, table, figures)
+        configs = [resolve_machine(config) for config in configs]
+        if WORLD > 1:
+            if configs[0].device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group()
+        run(configs, varied, options)
     except InputError as error:
         say(f"Error: {error}")
         return 2
+    except Interrupted as stop:
+        say("Interrupted. The same command goes on from the last checkpoint.")
+        return 128 + stop.args[0]
+    except (torch.OutOfMemoryError, MemoryError):
+        say("Error: out of memory. Lower batch_size, max_length or max_prompt_length, set "
+            "activation_checkpointing=true, or train an adapter with lora_r=16")
+        return 1
+    except (TrainingError, OSError) as error:
+        say(f"Stopped: {error}")
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
