@@ -47,7 +47,7 @@ import data
 from data import InputError
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
           dict: "lines of `name: stand-in`"}
@@ -133,12 +133,11 @@ def check_setting(spec, kind, value):
     try:
         if isinstance(value, bool) != (kind is bool):
             raise ValueError
-        if kind in (str, dict) and not isinstance(value, kind):
+        if kind in (int, float):
+            number = float(value)
+            value = kind(number)
+        if kind in (str, dict) and not isinstance(value, kind) or kind is int and value != number:
             raise ValueError
-        number = float(value) if kind in (int, float) else 0
-        if not math.isfinite(number) or kind is int and number != int(number):
-            raise ValueError
-        value = kind(number) if kind in (int, float) else value
     except (ValueError, TypeError, OverflowError):
         raise InputError(f"{spec.name} must be {WANTED[kind]}, not {value!r}") from None
     low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
@@ -157,38 +156,36 @@ def read_config(path, overrides=()):
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
-        given = [override.partition("=") for override in overrides]
-        given = {name.strip(): yaml.safe_load(value) for name, equals, value in given if equals}
+        pairs = [override.partition("=") for override in overrides]
+        given = {name: yaml.safe_load(value) for name, _, value in pairs}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"config {path} cannot be read: {error}") from error
-    bare = [override for override in overrides if "=" not in override]
-    if bare or not isinstance(settings, dict):
-        raise InputError(f"{' '.join(bare)}: type name=value" if bare
-                         else f"config {path} must hold lines of `name: value`")
+    if not isinstance(settings, dict):
+        raise InputError(f"config {path} must hold lines of `name: value`")
     specs, kinds = {spec.name: spec for spec in fields(Config)}, typing.get_type_hints(Config)
-    choices = {}
+    choices, configs = {}, []
     for name, value in (settings | given).items():
         if name not in specs:
             near = difflib.get_close_matches(str(name), specs, 1, 0.4)
-            raise InputError(f"unknown setting {name!r}"
-                             + (f": did you mean {near[0]}?" if near else ": see --help"))
-        values = value if isinstance(value, list) and kinds[name] not in (bool, dict) else [value]
+            hint = f"did you mean {near[0]}?" if near else "--help lists all of them"
+            raise InputError(f"unknown setting {name!r}: {hint}")
+        values = value if isinstance(value, list) and kinds[name] is not bool else [value]
         if not values:
             raise InputError(f"{name} is an empty list: give at least one value")
-        checked = [check_setting(specs[name], kinds[name], v) for v in values]
-        choices[name] = [v for i, v in enumerate(checked) if v not in checked[:i]]
-    varied, configs = [name for name, values in choices.items() if len(values) > 1], []
+        values = [check_setting(specs[name], kinds[name], v) for v in values]
+        choices[name] = [v for i, v in enumerate(values) if v not in values[:i]]
+    varied = [name for name, values in choices.items() if len(values) > 1]
     for values in itertools.product(*choices.values()):
         config = Config(**dict(zip(choices, values, strict=True)))
         if config.label_smoothing and config.loss != "sigmoid":
             raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
-        template = config.output_dir
-        template += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in template)
+        folder = config.output_dir
+        folder += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in folder)
         filled = {name: str(value).replace("/", "-") for name, value in asdict(config).items()}
         try:
-            configs.append(replace(config, output_dir=template.format_map(filled)))
+            configs.append(replace(config, output_dir=folder.format_map(filled)))
         except (KeyError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"output_dir {template}: {error} is no setting's name") from error
+            raise InputError(f"output_dir {folder}: {error} is no setting's name") from error
     return configs, varied
 
 
@@ -202,22 +199,20 @@ def say(text):
 @contextlib.contextmanager
 def progress(title, total, done=0):
     """A bar on a terminal, elsewhere a plain line for every tenth. Yields tick(n, **figures)."""
-    start, count = time.time(), done
-    bar = tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
-               disable=RANK > 0 or not sys.stderr.isatty())
+    start, count, terminal = time.time(), done, sys.stderr.isatty()
 
     def tick(n, **figures):
         nonlocal count
         count += n
         bar.set_postfix(figures, refresh=False)
         bar.update(n)
-        if bar.disable and count * 10 // total > (count - n) * 10 // total:
-            seconds = time.time() - start
-            say(f"{title} {count}/{total}, {seconds:.0f} s, "
-                f"{seconds / (count - done) * (total - count):.0f} s left"
-                + "".join(f", {name} {value}" for name, value in figures.items()))
+        if not terminal and count * 10 // total > (count - n) * 10 // total:
+            left = (time.time() - start) / (count - done) * (total - count)
+            shown = "".join(f", {name} {value}" for name, value in figures.items())
+            say(f"{title} {count}/{total}, {left:.0f} s left{shown}")
 
-    with bar:
+    with tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
+              disable=RANK > 0 or not terminal) as bar:
         yield tick
 
 
@@ -249,27 +244,24 @@ def catch_signals():
 
 def check_signal():
     """Raise Interrupted, on all processes, if any of them has been asked to stop."""
-    asked = sum(from_all(_signals[:1]), [])
+    asked = [number for numbers in from_all(_signals) for number in numbers]
     if asked:
         raise Interrupted(asked[0])
 
 
 def resolve_machine(config):
     """The config with device and dtype decided: bfloat16 only where it is the faster one."""
-    device, dtype = config.device, config.dtype
-    if device == "auto":
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else device
+    device, dtype, cpu = config.device, config.dtype, torch.cpu.get_capabilities()
     try:
+        if device == "auto":
+            device = str(torch.accelerator.current_accelerator() or "cpu")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: {data.first_line(error)}") from error
-    if dtype == "auto":
-        cpu = torch.cpu.get_capabilities()
         fast = device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
         if device.startswith("cuda"):
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = "bfloat16" if fast else "float32"
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: {data.first_line(error)}") from error
+    dtype = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
     return replace(config, device=device, dtype=dtype)
 
 
@@ -279,18 +271,17 @@ def load_model(config):
     returns  model, tokenizer, and the stand-in's name or None
     raises   InputError if it cannot be had or is no causal language model
     """
-    options = {"revision": config.revision or "main", "trust_remote_code": config.trust_remote_code}
-
     def load(path):
-        model_options = {}
+        options, gguf = {"trust_remote_code": config.trust_remote_code}, {}
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
-            model_options["quantization_config"] = GgufConfig(dequantize=True)
+            gguf["quantization_config"] = GgufConfig(dequantize=True)
+        options["revision"] = config.revision or "main"
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         return tokenizer, AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **options, **model_options)
+            path, dtype=torch.float32, use_safetensors=True, **options, **gguf)
 
-    (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline, load)
+    (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline or {}, load)
     for module in model.modules():  # the model stays in train mode, without dropout
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
@@ -349,27 +340,24 @@ class AnswerLogps(nn.Module):
                 segments=row.segments, use_cache=False).last_hidden_state[0]
             head = self.model.get_output_embeddings().weight
             return token_logps(hidden[row.predictors], head, row.targets)
-        logps, start = [], 0
-        for prompt, *answers in row.segments:
-            prompt_ids, start = row.input_ids[start : start + prompt], start + prompt
-            for length in answers:
-                answer, start = row.input_ids[start : start + length], start + length
-                ids = torch.cat((prompt_ids, answer))[None]
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, prompt - 1 : -1]
-                logps.append(logits.float().log_softmax(-1).gather(1, answer[:, None]).squeeze(1))
+        logps, parts = [], row.input_ids.split([n for segment in row.segments for n in segment])
+        for prompt, *answers in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+            for answer in answers:
+                ids = torch.cat((prompt, answer))[None]
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+                logps.append(logits.float().log_softmax(1).gather(1, answer[:, None]).squeeze(1))
         return torch.cat(logps)
 
     @torch.no_grad()
     def generate(self, prompt_ids, end_of_turn, max_new_tokens=128):
         """Token ids of the greedy answer to a prompt."""
-        during_training = self.model.config._attn_implementation
+        in_training, ids = self.model.config._attn_implementation, torch.tensor([prompt_ids])
         self.model.eval().set_attn_implementation(self.own_attention)
-        ids = torch.tensor([prompt_ids], device=self.model.device)
         answer = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None,
-            top_k=None, max_new_tokens=max_new_tokens, eos_token_id=end_of_turn,
-            pad_token_id=end_of_turn)
-        self.model.train().set_attn_implementation(during_training)
+            ids.to(self.model.device), do_sample=False, temperature=None, top_p=None, top_k=None,
+            max_new_tokens=max_new_tokens, eos_token_id=end_of_turn, pad_token_id=end_of_turn,
+            attention_mask=torch.ones_like(ids, device=self.model.device))
+        self.model.train().set_attn_implementation(in_training)
         return answer[0, len(prompt_ids) :].tolist()
 
 
@@ -377,25 +365,22 @@ class AnswerLogps(nn.Module):
 def choose_layout(model, pairs, tolerance=1e-3):
     """Whether rows may share prompts: the longest pair, both ways, within `tolerance` nats a token.
 
-    Answers beyond the model's sliding window always run as separate sequences.
+    Sequences beyond the model's sliding window never do.
     """
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    if any(len(p.prompt_ids) + len(ids) > window 
-           for p in pairs for ids in (p.chosen_ids, p.rejected_ids)):
-        say(f"Layout: separate sequences, as some exceed the sliding window of {window} tokens")
-        return False
     longest, own = max(pairs, key=lambda pair: pair.tokens), model.config._attn_implementation
-    row = data.make_row([longest], [0])
+    row, difference = data.make_row([longest], [0]), math.inf
     expected = AnswerLogps(model, shared=False)(row)
     try:
         difference = (AnswerLogps(model)(row) - expected).abs().max().item()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        say(f"The model refuses rows that share a prompt ({data.first_line(error)})")
-        difference = math.inf
+        say(f"The model refuses rows that share a prompt: {data.first_line(error)}")
     model.set_attn_implementation(own)
-    shared = difference <= tolerance
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    reach = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    shared = difference <= tolerance and reach <= window
     say(f"Layout: {'shared prompts' if shared else 'separate sequences'}; on the longest pair "
-        f"({longest.tokens} tokens) the two differ by {difference:.1e} nat a token at most")
+        f"({longest.tokens} tokens) they differ by {difference:.1e} nat a token at most"
+        + (f"; sequences of {reach} exceed the sliding window of {window}" * (reach > window)))
     return shared
 
 
@@ -412,23 +397,27 @@ class Setup:
     pairs: dict  # "train" and "eval" -> list of data.Pair
     steps: dict  # "train" and "eval" -> list of optimizer steps, each a list of data.Row
     facts: dict  # what report and dry run say of data and machine
-    reference: dict  # "train" and "eval" -> (pairs, 2) log-probabilities; empty in a dry run
-    answers: list  # the reference's, to the sample prompts
-    initial: dict  # the first weights, kept where several runs start from them
+    reference: dict = field(default_factory=dict)  # "train", "eval" -> (pairs, 2) log-probabilities
+    answers: list = field(default_factory=list)  # the reference's, to the sample prompts
+    initial: dict = field(default_factory=dict)  # first weights, where several runs start from them
+
+    def rows(self, split):
+        """All rows of a split, in order."""
+        return [row for rows in self.steps[split] for row in rows]
 
 
 def add_adapter(model, config):
     """Inject a LoRA adapter into the model's layers; returns peft's wrapper, which saves it."""
+    names = [name.strip() for name in config.lora_target_modules.split(",")]
     try:
         import peft
-    except ImportError as error:
-        raise InputError("lora_r above 0 needs peft. Type: pip install peft") from error
-    names = config.lora_target_modules
-    names = names if names == "all-linear" else [name.strip() for name in names.split(",")]
-    try:
+
         return peft.get_peft_model(model, peft.LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            target_modules=names, task_type="CAUSAL_LM"))
+            target_modules="all-linear" if names == ["all-linear"] else names,
+            task_type="CAUSAL_LM"))
+    except ImportError as error:
+        raise InputError("lora_r above 0 needs peft. Type: pip install peft") from error
     except ValueError as error:
         raise InputError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
 
@@ -468,15 +457,16 @@ def place_weights(model, policy, config):
     return weights, copies
 
 
-def row_flops(row, model, matrices):
-    """Floating point operations of a forward pass over a Row: two a weight and token.
+def row_flops(rows, model, matrices):
+    """Floating point operations of a forward pass over rows: two a weight and token.
 
     matrices  number of weights in the model's matrices, embeddings and head apart
     """
     shape = model.config.get_text_config()
-    seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for p, c, r in row.segments)
-    return (2 * matrices * len(row.input_ids) + 4 * seen * shape.hidden_size * shape.num_hidden_layers
-            + 2 * shape.vocab_size * shape.hidden_size * len(row.targets))
+    tokens, targets = (sum(map(len, x)) for x in zip(*((r.input_ids, r.targets) for r in rows)))
+    seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for row in rows for p, c, r in row.segments)
+    return (2 * matrices * tokens + 4 * seen * shape.hidden_size * shape.num_hidden_layers
+            + 2 * shape.vocab_size * shape.hidden_size * targets)
 
 
 def matmul_peak(config, size=1024, seconds=0.3):
@@ -491,23 +481,23 @@ def matmul_peak(config, size=1024, seconds=0.3):
 
 
 @torch.no_grad()
-def compute_logps(policy, rows, count, config, title):
-    """log pi(y|x) of all pairs of these rows, shared out over the processes.
+def compute_logps(setup, split, config, title):
+    """log pi(y|x) of all pairs of a split, shared out over the processes.
 
-    returns  (count, 2) float32 on the CPU: chosen, rejected, in nats
+    returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
     raises   Interrupted, between two rows
     """
-    logps = torch.zeros(count, 2)
-    with progress(title, count) as tick:
+    rows, logps = setup.rows(split), torch.zeros(len(setup.pairs[split]), 2)
+    with progress(title, len(logps)) as tick:
         for start in range(0, len(rows), WORLD):
             row = rows[min(start + RANK, len(rows) - 1)]
-            answers = sequence_logps(policy(row), row.lengths, config.length_normalize)
+            answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
             if start + RANK < len(rows):
                 logps[row.pairs] = answers.view(-1, 2).float().cpu()
             tick(sum(len(row.pairs) for row in rows[start : start + WORLD]))
             check_signal()
     if WORLD > 1:
-        policy.reshard()  # an optimizer built on gathered weights goes silently wrong
+        setup.policy.reshard()  # an optimizer built on gathered weights goes silently wrong
     return sum(from_all(logps))
 
 
@@ -517,21 +507,19 @@ def reference_logps(setup, config):
     The reference is the policy before its first step, so they are computed with it, in the rows and
     the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
-    splits = {split: sum(steps, []) for split, steps in setup.steps.items()}
     key = [setup.facts["weights"], setup.policy.shared, setup.policy.own_attention, config.dtype,
            config.device, config.length_normalize, torch.get_num_threads(), WORLD,
            torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
-           [(row.input_ids.tolist(), row.segments) for rows in splits.values() for row in rows]]
+           [(r.input_ids.tolist(), r.segments) for split in setup.pairs for r in setup.rows(split)]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     found = from_all(load_file(path) if RANK == 0 and path.exists() else None)[0]
     if found:
         say(f"Reference log-probabilities: read from {path}")
         return found
-    context = setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext()
-    with context:
-        found = {split: compute_logps(setup.policy, rows, len(setup.pairs[split]), config,
-                                      f"reference, {split}") for split, rows in splits.items()}
+    with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
+        found = {split: compute_logps(setup, split, config, f"reference, {split}")
+                 for split in setup.pairs}
     if config.reference_cache and RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(found, path.with_suffix(f".{os.getpid()}"))
@@ -539,22 +527,17 @@ def reference_logps(setup, config):
     return found
 
 
-def prepare(config, dry_run=False, several=False):
+def prepare(config, dry=False, several=False):
     """Load model and pairs, lay out rows, and compute the reference's log-probabilities."""
     model, tokenizer, stand_in = load_model(config)
     train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
-    pairs = {"train": train, "eval": held_out}
-    for split, wanted in (("train", config.train_pairs), ("eval", config.eval_pairs)):
-        dropped = ", ".join(f"{count} {why}" for why, count in drops[split].most_common())
-        say(f"{len(pairs[split])} {split} pairs; dropped: {dropped or 'none'}"
-            + (f"\nWarning: {split}_pairs asks for {wanted}" if len(pairs[split]) < wanted else ""))
-    digest = hashlib.sha256()
+    pairs, digest = {"train": train, "eval": held_out}, hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n)
     facts = {"drops": drops, "weights": digest.hexdigest(), "matrices": matrices,
              "parameters": sum(p.numel() for p in model.parameters()),
-             "stand_ins": stand_ins + ([f"{config.model} -> {stand_in}"] if stand_in else [])}
+             "stand_ins": stand_ins + [f"{config.model} -> {stand_in}"] * bool(stand_in)}
     shared = choose_layout(model, train + held_out)
     torch.manual_seed(config.seed)
     adapter = add_adapter(model, config) if config.lora_r else None
@@ -568,8 +551,9 @@ def prepare(config, dry_run=False, several=False):
     steps = {split: [[data.make_row(pairs[split], indices) for indices in rows] for rows in
                      data.group_into_steps(pairs[split], per_step, longest, WORLD)]
              for split in pairs}
-    setup = Setup(model, tokenizer, policy, adapter, weights, copies, pairs, steps, facts, {}, [], {})
-    if not dry_run:
+    setup = Setup(model, tokenizer, policy, adapter, weights, copies, pairs, steps, facts)
+    say("\n".join(describe_data(setup, config)))
+    if not dry:
         start = time.time()
         setup.reference = reference_logps(setup, config)
         facts["reference_seconds"] = time.time() - start
@@ -577,6 +561,19 @@ def prepare(config, dry_run=False, several=False):
     if several:
         setup.initial = {name: weight.detach().clone() for name, weight in weights.items()}
     return setup
+
+
+def describe_data(setup, config):
+    """Lines on the pairs: how many, token lengths, how many are cut, drops by reason."""
+    for split, pairs in setup.pairs.items():
+        wanted, lengths = getattr(config, f"{split}_pairs"), sorted(p.tokens for p in pairs) or [0]
+        spread = [lengths[(len(lengths) - 1) * share // 100] for share in (0, 10, 50, 90, 100)]
+        yield f"{split}: {len(pairs)} pairs" + (
+            f" (warning: {wanted} asked for)" if len(pairs) < wanted else "")
+        yield f"  tokens, prompt once (0, 10, 50, 90, 100 %): {', '.join(map(str, spread))}"
+        yield (f"  cut to max_length {config.max_length} or max_prompt_length "
+               f"{config.max_prompt_length}: {sum(pair.cut for pair in pairs)}")
+        yield from (f"  dropped, {why}: {n}" for why, n in setup.facts["drops"][split].items())
 
 
 def sample_answers(setup, count):
@@ -591,9 +588,8 @@ def score(logps, reference, config):
     """Losses of (n, 2) log-probabilities, with gradient, and an (n, 7) table of METRICS without."""
     losses, chosen, rejected = dpo_loss(
         *logps.unbind(1), *reference.unbind(1), config.beta, config.loss, config.label_smoothing)
-    margins = chosen - rejected
-    wins = (margins.sign() + 1) / 2  # a tie counts one half
-    return losses, torch.stack((losses.detach(), chosen, rejected, margins, wins,
+    wins = ((chosen - rejected).sign() + 1) / 2  # a tie counts one half
+    return losses, torch.stack((losses.detach(), chosen, rejected, chosen - rejected, wins,
                                 *logps.detach().unbind(1)), 1)
 
 
@@ -625,9 +621,16 @@ def make_optimizer(weights, config):
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
+@torch.no_grad()
+def copy_weights(copies):
+    """Round the float32 weights into the parameters that compute."""
+    for parameter, weight in copies:
+        parameter.copy_(weight)
+
+
 def write_atomically(path, text):
     """Write a file so that a crash or a reader finds the old or the new one, never a half."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -647,18 +650,15 @@ def checkpoint_tensors(weights, optimizer):
 
 def file_hashes(folder):
     """sha256 of each file of a checkpoint, its manifest apart."""
-    hashes = {}
-    for path in sorted(set(folder.iterdir()) - {folder / "manifest.json"}):
-        with open(path, "rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
 
 
 def save_checkpoint(folder, weights, optimizer, position):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
     position  what cannot be derived from the config: {"step", "skipped", "seconds"}
-    raises    OSError if the disk is full; the earlier checkpoints stay
+    raises    TrainingError if it cannot be written, as on a full disk; the earlier ones stay
     """
     path = folder / f"step_{position['step']:07d}"
     temporary = path.with_suffix(".tmp")
@@ -666,63 +666,122 @@ def save_checkpoint(folder, weights, optimizer, position):
         dcp.save(checkpoint_tensors(weights, optimizer), no_dist=WORLD == 1,
                  checkpoint_id=temporary)
         if RANK == 0:
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
             manifest = {"position": position, "files": file_hashes(temporary)}
             write_atomically(temporary / "manifest.json", json.dumps(manifest))
+            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
             os.replace(temporary, path)
             for old in sorted(folder.glob("step_*"))[:-2]:
                 shutil.rmtree(old)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"the checkpoint {path} could not be written "
-                            f"({data.first_line(error)}); earlier ones are intact") from error
+        raise TrainingError(f"checkpoint {path} could not be written ({data.first_line(error)}); "
+                            "earlier ones are intact") from error
 
 
 def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; its position, or None."""
+    """Fill weights and optimizer from the newest undamaged checkpoint; its position, or step 0."""
     for path in folder.glob("*.tmp") if RANK == 0 else ():
         shutil.rmtree(path)
     for path in sorted(folder.glob("step_*[0-9]"), reverse=True):
-        try:
+        manifest = None
+        with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((path / "manifest.json").read_text())
-            whole = RANK > 0 or manifest["files"] == file_hashes(path)
-        except (OSError, ValueError, KeyError):
-            whole = False
+        whole = manifest and (RANK > 0 or manifest["files"] == file_hashes(path))
         if all(from_all(whole)):
             dcp.load(checkpoint_tensors(weights, optimizer), checkpoint_id=path,
                      no_dist=WORLD == 1)
+            say(f"Resuming after optimizer step {manifest['position']['step']}")
             return manifest["position"]
         say(f"Warning: checkpoint {path} is damaged; the one before it is tried")
-    return None
+    return {"step": 0, "skipped": 0, "seconds": 0.0}
 
 
-def read_metrics(path):
-    """The rows of metrics.jsonl; a line that a crash has torn is left out."""
+def read_metrics(path, split=None):
+    """The rows of metrics.jsonl, of one split or all; a line that a crash has torn is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if split in (None, row["split"])]
 
 
 def open_tracker(config):
-    """A function that sends a dict of figures at a step to the tracker, if one is configured."""
+    """A function of a dict of figures and their step that sends them to the tracker, if any."""
     try:
         if config.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(config.output_dir)
-            return lambda figures, step: [
-                writer.add_scalar(name, value, step) for name, value in figures.items()]
+            add = SummaryWriter(config.output_dir).add_scalar
+            return lambda figures, step: [add(name, v, step) for name, v in figures.items()]
         if config.report_to == "wandb":
             import wandb
 
-            run = wandb.init(project="train_dpo", dir=config.output_dir, config=asdict(config))
-            return lambda figures, step: run.log(figures | {"optimizer_step": step})
+            return wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
     except ImportError as error:
-        raise InputError(f"report_to {config.report_to}: type pip install {config.report_to}, or "
-                         "report_to=none") from error
+        raise InputError(f"report_to={config.report_to} needs that package. Type: pip install "
+                         f"{config.report_to}") from error
     return lambda figures, step: None
+
+
+class Log:
+    """metrics.jsonl, and the tracker: one row an optimizer step and one an evaluation."""
+
+    def __init__(self, folder, config, position):
+        self.path, self.config = folder / "metrics.jsonl", config
+        self.track = open_tracker(config) if RANK == 0 else None
+        self.start = time.time() - position["seconds"]
+        kept = [r for r in read_metrics(self.path) if 0 < position["step"] >= r["step"]]
+        if RANK == 0:
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def __call__(self, step, split, figures):
+        """Add a row; figures that are not finite become null, since JSON has no other word."""
+        figures = {"step": step, "split": split, **figures, "seconds": time.time() - self.start}
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in figures.items()}
+        if RANK == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if split == "eval" or step % self.config.logging_every == 0:
+                self.track({f"{split}/{name}": value for name, value in row.items()
+                            if isinstance(value, (int, float))}, step=step)
+
+
+def evaluate(setup, config):
+    """Metrics of the evaluation pairs under the policy as it is now."""
+    logps = compute_logps(setup, "eval", config, "evaluation")
+    return summarize(score(logps, setup.reference["eval"], config)[1], intervals=True)
+
+
+def train_step(setup, config, group, optimizer, lr):
+    """One optimizer step over the rows of `group`; skipped if loss or gradient is not finite.
+
+    returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
+    """
+    count, tables = sum(len(row.pairs) for row in group), []
+    for turn in range(0, len(group), WORLD):
+        # a process without a row of its own runs one of weight 0
+        row, mine = group[min(turn + RANK, len(group) - 1)], turn + RANK < len(group)
+        logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
+        reference = setup.reference["train"][row.pairs].to(logps.device)
+        losses, table = score(logps.view(-1, 2), reference, config)
+        (losses.sum() * (mine * WORLD / count)).backward()  # FSDP2 averages over the processes
+        tables += [table] * mine
+    weights = [w for options in optimizer.param_groups for w in options["params"]]
+    norm = full(nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf)).item()
+    tables = [table.cpu() for part in from_all(tables) for table in part]
+    figures = summarize(torch.cat(tables)) | {
+        "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in group)}
+    if math.isfinite(norm) and math.isfinite(figures["loss"]):
+        for options in optimizer.param_groups:
+            options["lr"] = lr
+        optimizer.step()
+    else:
+        pairs = setup.pairs["train"]
+        figures["skipped"] = [pairs[i].index for row in group for i in row.pairs]
+    optimizer.zero_grad()
+    copy_weights(setup.copies)
+    return figures
 
 
 def train(setup, config, folder):
@@ -730,187 +789,117 @@ def train(setup, config, folder):
 
     raises   TrainingError, or Interrupted after a checkpoint
     """
-    weights, policy, path = setup.weights, setup.policy, folder / "metrics.jsonl"
-    optimizer, steps = make_optimizer(weights, config), setup.steps["train"]
-    order = [i for epoch in range(config.epochs)
-             for i in data.visiting_order(len(steps), config.shuffle and epoch, config.seed + epoch)]
-    position = load_checkpoint(folder / "checkpoints", weights, optimizer)
-    if position:
-        say(f"Resuming after optimizer step {position['step']} of {len(order)}")
-    position = position or {"step": 0, "skipped": 0, "seconds": setup.facts["reference_seconds"]}
-    started = time.time() - position["seconds"]
-    rows = [row for row in read_metrics(path) if position["step"] and row["step"] <= position["step"]]
-    track = open_tracker(config) if RANK == 0 else None
-    if RANK == 0:
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def log(split, figures):
-        figures |= {"seconds": round(time.time() - started, 3)}
-        row = {"step": position["step"], "split": split} | {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in figures.items()}
-        if RANK == 0:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if split == "eval" or position["step"] % config.logging_every == 0:
-                track({f"{split}/{name}": value for name, value in row.items()
-                       if isinstance(value, (int, float))}, position["step"])
-
-    def evaluate():
-        if setup.pairs["eval"]:
-            logps = compute_logps(policy, sum(setup.steps["eval"], []), len(setup.pairs["eval"]),
-                                  config, "evaluation")
-            log("eval", summarize(score(logps, setup.reference["eval"], config)[1], True))
-
-    def checkpoint():
-        if RANK == 0:
-            with open(path, "a") as file:
-                os.fsync(file.fileno())
-        position["seconds"] = time.time() - started
-        save_checkpoint(folder / "checkpoints", weights, optimizer, position)
-
+    optimizer, steps = make_optimizer(setup.weights, config), setup.steps["train"]
+    order = [i for epoch in range(config.epochs) for i in data.visiting_order(
+        len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
+    position = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
+    position["seconds"] = position["seconds"] or setup.facts["reference_seconds"]
+    copy_weights(setup.copies)
+    log, lost = Log(folder, config, position), 0
     if setup.pairs["eval"] and not position["step"]:
         reference = setup.reference["eval"]
-        log("eval", summarize(score(reference, reference, config)[1], True))
-    copy_weights(setup.copies)
-    lost = 0
+        log(0, "eval", summarize(score(reference, reference, config)[1], intervals=True))
     pairs = [sum(len(row.pairs) for row in steps[i]) for i in order]
     with progress("training", sum(pairs), sum(pairs[: position["step"]])) as tick:
-        for step in range(position["step"], len(order)):
-            begin, group = time.time(), steps[order[step]]
+        while position["step"] < len(order):
+            begin, step = time.time(), position["step"]
             torch.manual_seed(config.seed + step * WORLD + RANK)  # lora_dropout's; nothing to save
-            tables, tokens = [], sum(len(row.input_ids) for row in group)
-            for turn in range(0, len(group), WORLD):
-                # a process without a row of its own runs one of weight 0
-                row, mine = group[min(turn + RANK, len(group) - 1)], turn + RANK < len(group)
-                logps = sequence_logps(policy(row), row.lengths, config.length_normalize)
-                reference = setup.reference["train"][row.pairs].to(logps.device)
-                losses, table = score(logps.view(-1, 2), reference, config)
-                (losses.sum() * (mine * WORLD / pairs[step])).backward()
-                tables += [table] if mine else []
-            norm = nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf)
-            norm = full(norm).item()
-            tables = torch.cat(sum(from_all([table.cpu() for table in tables]), []))
-            figures = summarize(tables) | {
-                "grad_norm": norm, "tokens": tokens, "lr": learning_rate(step, len(order), config)}
-            position["step"] = step + 1
-            if math.isfinite(norm) and math.isfinite(figures["loss"]):
-                lost = 0
-                for options in optimizer.param_groups:
-                    options["lr"] = figures["lr"]
-                optimizer.step()
-            else:
-                lost += 1
-                position["skipped"] += 1
-                figures["skipped"] = [setup.pairs["train"][i].index for row in group for i in row.pairs]
-                say(f"Step {step + 1}: loss or gradient is not finite; update skipped, records "
-                    f"{figures['skipped']}")
-            optimizer.zero_grad()
-            copy_weights(setup.copies)
+            rate, group = learning_rate(step, len(order), config), steps[order[step]]
+            figures = train_step(setup, config, group, optimizer, rate)
             seconds = time.time() - begin
-            flops = 3 * sum(row_flops(row, setup.model, setup.facts["matrices"]) for row in group)
-            figures["tokens_per_second"] = round(tokens / seconds, 1)
-            figures["peak_share"] = round(flops / seconds / setup.facts["peak"], 4)
-            log("train", figures)
-            if step == 0:
-                say(f"First loss {figures['loss']:.6f}: {abs(figures['loss'] - math.log(2)):.0e} "
-                    "from ln 2")
-            shown = {} if step % config.logging_every else {
-                "loss": f"{figures['loss']:.4f}", "margin": f"{figures['rewards/margins']:.4f}",
-                "accuracy": f"{figures['rewards/accuracies']:.2f}",
-                "tokens/s": f"{tokens / seconds:.0f}", "peak": f"{figures['peak_share']:.0%}"}
-            tick(pairs[step], **shown)
+            flops = 3 * row_flops(group, setup.model, setup.facts["matrices"])
+            figures["tokens_per_second"] = figures["tokens"] / seconds
+            figures["peak_share"] = flops / seconds / setup.facts["peak"]
+            log(step + 1, "train", figures)
+            position["step"] = step = step + 1
+            shown = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second",
+                     "peak_share") if step % config.logging_every == 0 else ()
+            tick(pairs[step - 1], **{name: f"{figures[name]:.4g}" for name in shown})
+            if step == 1:
+                say(f"First loss {figures['loss']:.6f}: {figures['loss'] - math.log(2):.0e} from ln 2")
+            lost = lost + 1 if "skipped" in figures else 0
+            position["skipped"] += lost > 0
+            if lost:
+                say(f"Step {step} skipped: loss or gradient is not finite; records "
+                    f"{figures['skipped']}")
             if lost == 3:
                 raise TrainingError(
                     "three steps in a row had a loss or gradient that is not finite. Lower lr or set "
                     f"dtype=float32; the last good checkpoint is kept in {folder / 'checkpoints'}")
-            if config.eval_every and (step + 1) % config.eval_every == 0 and step + 1 < len(order):
-                evaluate()
-            try:
-                check_signal()
-            except Interrupted:
-                checkpoint()
-                raise
-            if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < len(order):
-                checkpoint()
-                draw_curves(read_metrics(path), folder / "curves.png")
-    evaluate()
+            due = lambda every: every and step % every == 0 and step < len(order)
+            if setup.pairs["eval"] and due(config.eval_every):
+                log(step, "eval", evaluate(setup, config))
+            stop = any(from_all(bool(_signals)))
+            if (due(config.save_every) or stop) and not lost:
+                position["seconds"] = time.time() - log.start
+                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, position)
+                draw_curves(log.path)
+            check_signal()
+    if setup.pairs["eval"]:
+        log(position["step"], "eval", evaluate(setup, config))
 
 
-@torch.no_grad()
-def copy_weights(copies):
-    """Round the float32 weights into the parameters that compute."""
-    for parameter, weight in copies:
-        parameter.copy_(weight)
-
-
-def draw_curves(rows, path):
-    """curves.png from the rows of metrics.jsonl: training smoothed, evaluation with intervals."""
-    import matplotlib
+def draw_curves(metrics):
+    """curves.png beside metrics.jsonl: training smoothed, evaluation with 95 % intervals."""
+    if RANK > 0:
+        return
     import pandas
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    frame = pandas.DataFrame(rows)
-    trained, held_out = (frame[frame["split"] == split] for split in ("train", "eval"))
+    trained, held_out = (pandas.DataFrame(read_metrics(metrics, s)) for s in ("train", "eval"))
     panels = {"loss": ["loss"], "rewards/accuracies": ["rewards/accuracies"],
               "rewards/margins": ["rewards/margins"], "grad_norm": ["grad_norm"], "lr": ["lr"],
               "rewards": ["rewards/chosen", "rewards/rejected"]}
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels.items(), strict=True):
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for name, color in zip(names, ("tab:blue", "tab:orange"), strict=False):
             own = f"{name.removeprefix('rewards/')}, " if len(names) > 1 else ""
-            if title != "lr":
-                axis.plot(trained["step"], trained[name], color=color, alpha=0.2, linewidth=0.8)
-            smooth = trained[name].rolling(1 if title == "lr" else 1 + len(trained) // 20,
-                                           min_periods=1).mean()
+            window = 1 if title == "lr" else 1 + len(trained) // 20
+            smooth = trained[name].rolling(window, min_periods=1).mean()
+            axis.plot(trained["step"], trained[name], color=color, alpha=0.2, linewidth=0.8)
             axis.plot(trained["step"], smooth, color=color, label=f"{own}training")
-            if f"{name}/ci95" in frame:
+            if f"{name}/ci95" in held_out:
                 axis.errorbar(held_out["step"], held_out[name], held_out[f"{name}/ci95"], capsize=3,
-                              fmt="o--", color=color, mfc="white", label=f"{own}held out, 95 %")
+                              fmt="o--", color=color, mfc="white", label=f"{own}held out")
         if title in ("loss", "rewards/accuracies"):
-            axis.axhline(math.log(2) if title == "loss" else 0.5, color="gray", linestyle=":",
-                         label="ln 2" if title == "loss" else "chance")
+            level, label = (math.log(2), "ln 2") if title == "loss" else (0.5, "chance")
+            axis.axhline(level, color="gray", linestyle=":", label=label)
         axis.set(title=title, xlabel="optimizer step")
         axis.legend(fontsize=8)
-    figure.savefig(path.with_suffix(".tmp.png"), dpi=90)
-    os.replace(path.with_suffix(".tmp.png"), path)
-    pyplot.close(figure)
+    figure.savefig(metrics.with_name("curves.png.tmp"), dpi=90, format="png")
+    os.replace(metrics.with_name("curves.png.tmp"), metrics.with_name("curves.png"))
 
 
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    dtype, state, deltas = DTYPES[config.save_dtype], {}, {}
-    for name, module in setup.model.named_modules() if config.lora_merge and config.lora_r else ():
+    dtype, temporary, model = DTYPES[config.save_dtype], folder / "model.tmp", setup.model
+    state = {name: full(setup.weights.get(name, p)).float() for name, p in model.named_parameters()}
+    merge = config.lora_merge and config.lora_r
+    for name, module in model.named_modules() if merge else ():
         if hasattr(module, "get_delta_weight"):
-            deltas[f"{name}.base_layer.weight"] = full(module.get_delta_weight("default")).float()
-    for name, tensor in setup.model.named_parameters():
-        value = full(setup.weights.get(name, tensor)).float()
-        state[name] = (value + deltas.get(name, 0)).to(dtype)
+            state[f"{name}.base_layer.weight"] += full(module.get_delta_weight("default")).float()
+    state = {name: value.to(dtype) for name, value in state.items()}
     if RANK > 0:
         return
-    temporary, model = folder / "model.tmp", setup.model
     shutil.rmtree(temporary, ignore_errors=True)
-    if setup.adapter and not config.lora_merge:
-        setup.adapter.save_pretrained(
-            temporary, state_dict={f"base_model.model.{name}": v for name, v in state.items()})
+    if setup.adapter and not merge:
+        state = {f"base_model.model.{name}": value for name, value in state.items()}
+        setup.adapter.save_pretrained(temporary, state_dict=state)
     else:
-        ends = model.generation_config.eos_token_id
-        ends = {data.PairTokenizer(setup.tokenizer).end_of_turn} | (
-            {ends} if isinstance(ends, int) else set(ends or ()))
+        ends = model.generation_config.eos_token_id or []
+        ends = {data.PairTokenizer(setup.tokenizer).end_of_turn, *(
+            [ends] if isinstance(ends, int) else ends)}
         model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
         model.save_pretrained(temporary, state_dict={
             name.replace(".base_layer", ""): v for name, v in state.items() if ".lora_" not in name})
         described = json.loads((temporary / "config.json").read_text())
         described["dtype"] = config.save_dtype  # transformers notes the compute dtype
-        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(described, indent=2))
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(folder / "model", ignore_errors=True)
     os.replace(temporary, folder / "model")
 
 
@@ -920,78 +909,53 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def describe_data(setup, config):
-    """Lines on the pairs: drops by reason, token lengths, how many are cut."""
-    for split, pairs in setup.pairs.items():
-        lengths = sorted(pair.tokens for pair in pairs) or [0]
-        spread = ", ".join(f"{p} % {lengths[(len(lengths) - 1) * p // 100]}"
-                           for p in (0, 10, 50, 90, 100))
-        yield (f"{split}: {len(pairs)} pairs, {sum(pair.cut for pair in pairs)} of them cut to fit "
-               f"max_length {config.max_length} and max_prompt_length {config.max_prompt_length}")
-        yield f"  tokens a row, percentiles: {spread}"
-        yield from (f"  dropped {count}: {why}" for why, count in setup.facts["drops"][split].items())
-
-
-def memory_estimate(parameters, trained, row_tokens, width, layers, config, processes=1):
-    """Bytes for each process: weights, gradients, AdamW's moments, and a row's activations.
-
-    parameters, trained  numbers of weights in all and to train
-    row_tokens, width    tokens of the longest row and the model's hidden size
-    """
-    size = DTYPES[config.dtype].itemsize
-    copies = (size if size < 4 and not config.lora_r and processes == 1 else 0) + 4 + 4 + 8
-    fixed = ((parameters - trained) * size + trained * copies) / processes
-    kept = (2 if config.activation_checkpointing else 60) * size / 2
-    return fixed + row_tokens * width * layers * kept + 0.8e9
+def compare(held_out):
+    """Markdown: the evaluation before and after, and whether anything measurably changed."""
+    if not held_out:
+        return "There were no evaluation pairs."
+    before, after, changed, rows = held_out[0], held_out[-1], [], []
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        change, half = after[name] - before[name], after[f"{name}/ci95"]
+        changed += [name] * (abs(change) > half)
+        rows.append((name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f} ± {half:.4f}"))
+    return markdown(("held out", "before", "after", "change, paired 95 % interval"), rows) + (
+        f"\n\nMeasurable change in {', '.join(changed)}." if changed else
+        "\n\nNo measurable change: every interval includes 0.")
 
 
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
-    rows, facts = read_metrics(folder / "metrics.jsonl"), setup.facts
-    held_out = [row for row in rows if row["split"] == "eval"]
-    trained = [row for row in rows if row["split"] == "train"]
-    evaluation = "There were no evaluation pairs."
-    if held_out:
-        changes = {name: (held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"])
-                   for name in ("loss", "rewards/margins", "rewards/accuracies")}
-        evaluation = markdown(("held out", "before", "after", "change, paired 95 % interval"), [
-            (name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f} ± {ci:.4f}")
-            for name, (a, b, ci) in changes.items()])
-        changed = [name for name, (a, b, ci) in changes.items() if abs(b - a) > ci]
-        evaluation += "\n\n" + (f"Measurable change in {', '.join(changed)}." if changed else
-                                "No measurable change: every interval includes 0.")
-    say(f"\n{evaluation}\n")
-    median = lambda name: sorted(row[name] for row in trained)[len(trained) // 2]
+    metrics = folder / "metrics.jsonl"
+    trained, evaluation = read_metrics(metrics, "train"), compare(read_metrics(metrics, "eval"))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.device.startswith("cuda"):
         memory = torch.cuda.max_memory_allocated()
-    speed = (f"{trained[-1]['seconds']:.0f} s from the start of the reference pass; median "
-             f"{median('tokens_per_second'):.0f} tokens/s, {median('peak_share'):.0%} of the matrix "
+    middle = {name: sorted(row[name] for row in trained)[len(trained) // 2]
+              for name in ("tokens_per_second", "peak_share")}
+    speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began; median "
+             f"{middle['tokens_per_second']:.0f} tokens/s, {middle['peak_share']:.0%} of the matrix "
              f"product's measured peak; {memory / 1e9:.1f} GB at most; "
              f"{sum('skipped' in row for row in trained)} updates skipped")
-    shown = {"model", "dataset", "beta", "lr", "loss", "epochs", "dtype"} | {
-        name for name, value in asdict(config).items() if value != getattr(Config, name, None)}
+    say(f"\n{evaluation}\n\n{speed}")
     settings = markdown(("setting", "value"), [
-        (name, value) for name, value in asdict(config).items() if name in shown - {"offline"}])
+        (name, value) for name, value in asdict(config).items()
+        if name in ("model", "dataset", "beta", "lr") or value != getattr(Config, name)])
     quote = lambda text: "\n".join(f"> {line}" for line in text.splitlines() or [""])
-    shown_pairs = setup.pairs["eval"] or setup.pairs["train"]
-    samples = "\n\n".join(
-        f"**Prompt**\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\n**Reference**\n\n"
-        f"{quote(before)}\n\n**Trained**\n\n{quote(after)}\n\n---"
-        for pair, before, after in zip(shown_pairs, setup.answers, sample_answers(
-            setup, config.sample_prompts), strict=False))
-    stand_ins = "".join(f"> Out of the Hub's reach, used instead: {name}\n\n"
-                        for name in facts["stand_ins"])
-    described = "\n".join(describe_data(setup, config))
-    card = (f"---\nbase_model: {config.model}\ndatasets:\n- {config.dataset}\nlicense: other\n"
-            f"tags:\n- dpo\n---\n# {Path(config.model).name} aligned with DPO\n\n{stand_ins}"
-            f"{evaluation}\n\n{settings}\n\nTrained with Direct Preference Optimization (arXiv "
-            "2305.18290). The base model's licence applies.\n")
-    report = (f"# DPO: {folder.name}\n\n{stand_ins}{evaluation}\n\n![curves](curves.png)\n\n"
-              f"{settings}\n\n```\n{described}\n{speed}\n```\n\n## Answers\n\n{samples}\n")
-    say(speed)
+    answers = zip(setup.pairs["eval"] or setup.pairs["train"], setup.answers,
+                  sample_answers(setup, config.sample_prompts), strict=False)
+    samples = "\n\n---\n\n".join(
+        f"Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\nReference\n\n{quote(before)}"
+        f"\n\nTrained\n\n{quote(after)}" for pair, before, after in answers)
+    notes = "".join(f"The Hub was out of reach: {name}.\n\n" for name in setup.facts["stand_ins"])
+    facts = "\n".join([*describe_data(setup, config), speed])
+    report = (f"# {folder.name}\n\n{notes}{evaluation}\n\n![curves](curves.png)\n\n{settings}\n\n"
+              f"```\n{facts}\n```\n\n## Answers to held-out prompts\n\n{samples}\n")
+    card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
+            f"tags: [dpo]\n---\n{Path(config.model).name}, aligned with Direct Preference "
+            f"Optimization (arXiv 2305.18290); the base model's licence applies.\n\n{notes}"
+            f"{evaluation}\n\n{settings}\n")
+    draw_curves(metrics)
     if RANK == 0:
-        draw_curves(rows, folder / "curves.png")
         write_atomically(folder / "report.md", report)
     save_model(setup, config, folder, card)
     if RANK == 0:
@@ -999,94 +963,95 @@ def finish(setup, config, folder):
     say(f"The model is in {folder / 'model'}, the report in {folder / 'report.md'}")
 
 
+def memory_estimate(parameters, trained, activations, config, processes=1):
+    """Bytes a process needs: weights, float32 gradients and AdamW moments, activations.
+
+    parameters, trained  numbers of weights in all and to train
+    activations          tokens of the longest row times hidden size times layers
+    """
+    size = DTYPES[config.dtype].itemsize
+    copies = size if size < 4 and not config.lora_r and processes == 1 else 0
+    fixed = ((parameters - trained) * size + trained * (copies + 16)) / processes
+    return 0.8e9 + fixed + activations * size * (1 if config.activation_checkpointing else 30)
+
+
 def dry_run(setup, config):
-    """Print what a run would see and take: data, the first pair, time and memory."""
-    for line in describe_data(setup, config):
-        say(line)
-    pair, color = setup.pairs["train"][0], sys.stdout.isatty()
-    special = set(setup.tokenizer.all_special_ids)
+    """Print the first pair as the model sees it, and what a run would take."""
+    pair, tokenizer = setup.pairs["train"][0], setup.tokenizer
     for title, code, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
                              ("rejected", 31, pair.rejected_ids)):
-        paint = lambda text, c: f"\033[{c}m{text}\033[0m" if color else text
-        say(f"--- {title}, {len(ids)} tokens\n" + "".join(
-            paint(setup.tokenizer.decode([i]), 35) if i in special else setup.tokenizer.decode([i])
-            for i in ids))
-    rows = {split: sum(steps, []) for split, steps in setup.steps.items()}
-    flops = {split: sum(row_flops(row, setup.model, setup.facts["matrices"]) for row in part)
-             for split, part in rows.items()}
-    row = sorted(rows["train"], key=lambda row: len(row.input_ids))[len(rows["train"]) // 2]
+        colors = [35 if i in tokenizer.all_special_ids else code for i in ids]
+        text = [f"\033[{c}m{tokenizer.decode([i])}\033[0m" if sys.stdout.isatty() else
+                tokenizer.decode([i]) for i, c in zip(ids, colors, strict=True)]
+        say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
+    flops = {split: row_flops(setup.rows(split), setup.model, setup.facts["matrices"])
+             for split in setup.pairs if setup.pairs[split]}
+    rows = sorted(setup.rows("train"), key=lambda row: len(row.input_ids))
     with torch.no_grad():
-        setup.policy(row)
+        setup.policy(rows[len(rows) // 2])
         start = time.time()
-        setup.policy(row)
-    rate = row_flops(row, setup.model, setup.facts["matrices"]) / (time.time() - start) * WORLD
-    seconds = (flops["train"] * (1 + 3 * config.epochs) + flops["eval"] * 2) / rate
+        setup.policy(rows[len(rows) // 2])
+    rate = row_flops([rows[len(rows) // 2]], setup.model, setup.facts["matrices"]) / (
+        time.time() - start) * WORLD
+    seconds = (flops["train"] * (1 + 3 * config.epochs) + flops.get("eval", 0) * 2) / rate
     shape = setup.model.config.get_text_config()
-    trained = sum(weight.numel() for weight in setup.weights.values())
-    memory = memory_estimate(setup.facts["parameters"], trained, max(len(r.input_ids) for r in rows[
-        "train"]), shape.hidden_size, shape.num_hidden_layers, config, WORLD)
-    say(f"Estimate: {seconds / 60:.0f} minutes, {memory / 1e9:.1f} GB of memory a process")
+    memory = memory_estimate(
+        setup.facts["parameters"], sum(weight.numel() for weight in setup.weights.values()),
+        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers, config, WORLD)
+    say(f"Estimate: {seconds / 60:.0f} minutes and {memory / 1e9:.1f} GB for each process")
 
 
-def sweep_summary(configs, varied):
-    """Table, sweep.csv and sweep.png of a sweep's runs, best held-out accuracy first."""
+def summarize_sweep(configs, varied):
+    """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them."""
     import pandas
+    from matplotlib.figure import Figure
 
-    rows = []
-    for config in configs:
-        last = [row for row in read_metrics(Path(config.output_dir) / "metrics.jsonl")
-                if row["split"] == "eval"][-1:]
-        rows += [{name: getattr(config, name) for name in varied} | row for row in last]
+    rows = [{name: getattr(config, name) for name in varied} | row for config in configs
+            for row in read_metrics(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
     if not rows:
         return
-    frame = pandas.DataFrame(rows).sort_values("rewards/accuracies", ascending=False)
-    folder = Path(configs[0].output_dir).parent
+    folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
+    frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
-    shown = [*varied, "rewards/accuracies", "rewards/accuracies/ci95", "rewards/margins",
-             "rewards/margins/ci95", "loss"]
-    say(markdown(shown, [[f"{v:.4g}" if isinstance(v, float) else v for v in row]
-                         for row in frame[shown].itertuples(index=False)]))
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    shown = [*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]
+    say(markdown(shown, frame[shown].map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
     x = "lr" if "lr" in varied else varied[0]
-    lines = frame.sort_values(x).groupby([name for name in varied if name != x] or (lambda _: ""))
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, name in zip(axes, ("rewards/accuracies", "rewards/margins"), strict=True):
-        for (label, part), marker in zip(lines, itertools.cycle("osD^vP")):
+    others = [name for name in varied if name != x]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), names, strict=True):
+        parts = frame.sort_values(x).groupby(others) if others else [("", frame.sort_values(x))]
+        for label, part in parts:
             axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"], capsize=3,
-                          marker=marker, label=" ".join(map(str, label)) or None)
+                          marker="o", label=", ".join(map(str, label)) or "all")
         axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
-        axis.legend(title=", ".join(name for name in varied if name != x))
+        axis.legend(title=", ".join(others))
     figure.savefig(folder / "sweep.png", dpi=90)
-    say(f"Sweep: {folder / 'sweep.csv'}, {folder / 'sweep.png'}")
+    say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
-@contextlib.contextmanager
-def claim(folder):
-    """Lock a run's folder; a dead process does not keep the lock."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            if RANK == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is training in {folder}") from None
-        yield
+def claim(folder, config, overwrite):
+    """Lock a run's folder and note its settings there; a dead process does not keep the lock.
 
-
-def check_unchanged(folder, config):
-    """Raise InputError if an unfinished run's folder holds other settings than these."""
-    path = folder / "config.yaml"
-    old = yaml.safe_load(path.read_text()) if path.exists() else {}
-    changed = [f"{name} was {old[name]} and is {value}" for name, value in asdict(config).items()
-               if name in old and old[name] != value and name not in HARMLESS]
+    returns  the lock, which lasts until it is closed
+    raises   InputError if another process holds it, or an unfinished run has other settings
+    """
+    path, fresh = folder / "config.yaml", asdict(config)
+    old = yaml.safe_load(path.read_text()) if path.exists() and not overwrite else {}
+    changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
+               if name in fresh and name not in HARMLESS and value != fresh[name]]
     if changed and (folder / "checkpoints").exists():
-        raise InputError(f"{folder} holds an unfinished run with other settings: "
-                         f"{'; '.join(changed)}.\nSet them back to go on with it, give another "
-                         "output_dir, or start it anew with --overwrite")
+        raise InputError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}"
+                         "). Set them back, give another output_dir, or add --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another process is training in {folder}") from None
+    for name in ("checkpoints", "model") if overwrite else ():
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_atomically(path, yaml.safe_dump(fresh))
+    return lock
 
 
 def run(configs, varied, options):
@@ -1094,30 +1059,24 @@ def run(configs, varied, options):
     setup = shared = None
     for config in configs:
         folder = Path(config.output_dir)
-        if (folder / "model").exists() and not options.overwrite:
+        if (folder / "model").exists() and not (options.overwrite or options.dry_run):
             say(f"{folder} is finished. Add --overwrite to train it anew.")
             continue
-        if not options.overwrite:
-            check_unchanged(folder, config)
         key = {name: value for name, value in asdict(config).items() if name not in SHARING}
         if key != shared:
-            setup = None  # free the old model before the next one loads
+            setup = None  # frees the old model before the next one loads
             setup, shared = prepare(config, options.dry_run, len(configs) > 1), key
         if options.dry_run:
             return dry_run(setup, config)
-        with claim(folder):
-            if options.overwrite and RANK == 0:
-                for name in ("checkpoints", "model"):
-                    shutil.rmtree(folder / name, ignore_errors=True)
-            if RANK == 0:
-                write_atomically(folder / "config.yaml", yaml.safe_dump(asdict(config)))
-            with torch.no_grad():
-                for name, first in setup.initial.items():
-                    setup.weights[name].copy_(first)
-            train(setup, config, folder)
+        lock = claim(folder, config, options.overwrite) if RANK == 0 else None
+        with torch.no_grad(), lock or contextlib.nullcontext():
+            for name, first in setup.initial.items():
+                setup.weights[name].copy_(first)
+            with torch.enable_grad():
+                train(setup, config, folder)
             finish(setup, config, folder)
     if len(configs) > 1 and RANK == 0:
-        sweep_summary(configs, varied)
+        summarize_sweep(configs, varied)
 
 
 def main(arguments=None):
@@ -1141,9 +1100,6 @@ def main(arguments=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         run(configs, varied, options)
-    except InputError as error:
-        say(f"Error: {error}")
-        return 2
     except Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
         return 128 + stop.args[0]
@@ -1151,9 +1107,9 @@ def main(arguments=None):
         say("Error: out of memory. Lower batch_size, max_length or max_prompt_length, set "
             "activation_checkpointing=true, or train an adapter with lora_r=16")
         return 1
-    except (TrainingError, OSError) as error:
-        say(f"Stopped: {error}")
-        return 1
+    except (InputError, TrainingError, OSError) as error:
+        say(f"Error: {error}")
+        return 2 if isinstance(error, InputError) else 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
