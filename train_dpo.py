@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup
                       "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second", "peak_share")
 
 
 class TrainingError(RuntimeError):
@@ -129,22 +131,18 @@ def check_setting(spec, kind, value):
     """
     if value is None and type(None) in typing.get_args(kind):
         return None
-    kind = (*typing.get_args(kind), kind)[0]
+    kind, rule = (*typing.get_args(kind), kind)[0], spec.metadata
     try:
-        if isinstance(value, bool) != (kind is bool):
-            raise ValueError
-        if kind in (int, float):
-            number = float(value)
-            value = kind(number)
-        if kind in (str, dict) and not isinstance(value, kind) or kind is int and value != number:
+        number = float(value) if kind in (int, float) and not isinstance(value, bool) else None
+        value = value if number is None else kind(number)
+        if not isinstance(value, kind) or number is not None and not value == number:
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise InputError(f"{spec.name} must be {WANTED[kind]}, not {value!r}") from None
-    low, high, choices = (spec.metadata.get(key) for key in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise InputError(f"{spec.name} must be one of {', '.join(choices)}, not {value!r}")
-    if kind in (int, float) and not low <= value <= high:
-        raise InputError(f"{spec.name} must be from {low} to {high}, not {value}")
+    if rule and rule["choices"] and value not in rule["choices"]:
+        raise InputError(f"{spec.name} must be one of {', '.join(rule['choices'])}, not {value!r}")
+    if number is not None and not rule["low"] <= value <= rule["high"]:
+        raise InputError(f"{spec.name} must be from {rule['low']} to {rule['high']}, not {value}")
     return value
 
 
@@ -156,25 +154,21 @@ def read_config(path, overrides=()):
     """
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
-        pairs = [override.partition("=") for override in overrides]
-        given = {name: yaml.safe_load(value) for name, _, value in pairs}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"config {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"config {path} must hold lines of `name: value`")
+        for name, _, value in (override.partition("=") for override in overrides):
+            settings[name] = yaml.safe_load(value)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"config {path} is no readable `name: value` list: {error}") from error
     specs, kinds = {spec.name: spec for spec in fields(Config)}, typing.get_type_hints(Config)
     choices, configs = {}, []
-    for name, value in (settings | given).items():
+    for name, value in dict(settings).items():
         if name not in specs:
             near = difflib.get_close_matches(str(name), specs, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else "--help lists all of them"
             raise InputError(f"unknown setting {name!r}: {hint}")
         values = value if isinstance(value, list) and kinds[name] is not bool else [value]
-        if not values:
-            raise InputError(f"{name} is an empty list: give at least one value")
         values = [check_setting(specs[name], kinds[name], v) for v in values]
         choices[name] = [v for i, v in enumerate(values) if v not in values[:i]]
-    varied = [name for name, values in choices.items() if len(values) > 1]
+    varied = [name for name, values in choices.items() if len(values) != 1]
     for values in itertools.product(*choices.values()):
         config = Config(**dict(zip(choices, values, strict=True)))
         if config.label_smoothing and config.loss != "sigmoid":
@@ -186,6 +180,8 @@ def read_config(path, overrides=()):
             configs.append(replace(config, output_dir=folder.format_map(filled)))
         except (KeyError, ValueError, IndexError, AttributeError) as error:
             raise InputError(f"output_dir {folder}: {error} is no setting's name") from error
+    if not configs:
+        raise InputError(f"{', '.join(varied)}: an empty list; give at least one value")
     return configs, varied
 
 
@@ -196,24 +192,22 @@ def say(text):
         sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def progress(title, total, done=0):
-    """A bar on a terminal, elsewhere a plain line for every tenth. Yields tick(n, **figures)."""
-    start, count, terminal = time.time(), done, sys.stderr.isatty()
+class Progress(tqdm):
+    """A tqdm bar on a terminal; elsewhere a plain line at most every half minute."""
 
-    def tick(n, **figures):
-        nonlocal count
-        count += n
-        bar.set_postfix(figures, refresh=False)
-        bar.update(n)
-        if not terminal and count * 10 // total > (count - n) * 10 // total:
-            left = (time.time() - start) / (count - done) * (total - count)
-            shown = "".join(f", {name} {value}" for name, value in figures.items())
-            say(f"{title} {count}/{total}, {left:.0f} s left{shown}")
+    def __init__(self, title, total, done=0):
+        terminal = sys.stderr.isatty()
+        super().__init__(total=total, initial=done, desc=title, unit="pair", disable=RANK > 0,
+                         file=sys.stderr if terminal else open(os.devnull, "w"),  # noqa: SIM115
+                         mininterval=0.1 if terminal else 30, dynamic_ncols=terminal)
 
-    with tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
-              disable=RANK > 0 or not terminal) as bar:
-        yield tick
+    def display(self, msg=None, pos=None):
+        if sys.stderr.isatty():
+            return super().display(msg, pos)
+        if self.n > self.initial:
+            rate = (self.n - self.initial) / max(self.format_dict["elapsed"], 1e-9)
+            say(f"{self.desc} {self.n}/{self.total}, {rate:.2f} pairs/s, "
+                f"{(self.total - self.n) / rate:.0f} s left {self.postfix or ''}")
 
 
 def from_all(value):
@@ -252,13 +246,12 @@ def check_signal():
 def resolve_machine(config):
     """The config with device and dtype decided: bfloat16 only where it is the faster one."""
     device, dtype, cpu = config.device, config.dtype, torch.cpu.get_capabilities()
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator() or "cpu")
     try:
-        if device == "auto":
-            device = str(torch.accelerator.current_accelerator() or "cpu")
         torch.empty(1, device=device)
-        fast = device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-        if device.startswith("cuda"):
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        fast = (torch.cuda.get_device_capability(device) >= (8, 0) if device.startswith("cuda") else
+                device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {data.first_line(error)}") from error
     dtype = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
@@ -296,9 +289,12 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
     and itself. Every attention layer calls it through transformers' AttentionInterface.
 
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
-    segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t
+    segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them
+              one plain causal sequence
     returns   (1, t, heads, head_dim), None
     """
+    if not segments:  # generation
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, scaling=scaling)
     outputs, start = [], 0
     options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     for prompt, chosen, rejected in segments:
@@ -326,8 +322,7 @@ class AnswerLogps(nn.Module):
 
     def __init__(self, model, shared=True):
         super().__init__()
-        self.model, self.shared = model, shared
-        self.own_attention = model.config._attn_implementation
+        self.model, self.shared, self.own = model, shared, model.config._attn_implementation
         if shared:
             model.set_attn_implementation("shared_prompt")
 
@@ -351,13 +346,12 @@ class AnswerLogps(nn.Module):
     @torch.no_grad()
     def generate(self, prompt_ids, end_of_turn, max_new_tokens=128):
         """Token ids of the greedy answer to a prompt."""
-        in_training, ids = self.model.config._attn_implementation, torch.tensor([prompt_ids])
-        self.model.eval().set_attn_implementation(self.own_attention)
-        answer = self.model.generate(
-            ids.to(self.model.device), do_sample=False, temperature=None, top_p=None, top_k=None,
-            max_new_tokens=max_new_tokens, eos_token_id=end_of_turn, pad_token_id=end_of_turn,
-            attention_mask=torch.ones_like(ids, device=self.model.device))
-        self.model.train().set_attn_implementation(in_training)
+        ids = torch.tensor([prompt_ids], device=self.model.device)
+        answer = self.model.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None,
+            top_k=None, max_new_tokens=max_new_tokens, eos_token_id=end_of_turn,
+            pad_token_id=end_of_turn)
+        self.model.train()
         return answer[0, len(prompt_ids) :].tolist()
 
 
@@ -367,20 +361,20 @@ def choose_layout(model, pairs, tolerance=1e-3):
 
     Sequences beyond the model's sliding window never do.
     """
-    longest, own = max(pairs, key=lambda pair: pair.tokens), model.config._attn_implementation
+    longest, policy = max(pairs, key=lambda pair: pair.tokens), AnswerLogps(model, shared=False)
     row, difference = data.make_row([longest], [0]), math.inf
-    expected = AnswerLogps(model, shared=False)(row)
+    expected = policy(row)
     try:
         difference = (AnswerLogps(model)(row) - expected).abs().max().item()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         say(f"The model refuses rows that share a prompt: {data.first_line(error)}")
-    model.set_attn_implementation(own)
+    model.set_attn_implementation(policy.own)
     window = getattr(model.config, "sliding_window", None) or math.inf
     reach = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     shared = difference <= tolerance and reach <= window
-    say(f"Layout: {'shared prompts' if shared else 'separate sequences'}; on the longest pair "
-        f"({longest.tokens} tokens) they differ by {difference:.1e} nat a token at most"
-        + (f"; sequences of {reach} exceed the sliding window of {window}" * (reach > window)))
+    say(f"Layout: {'shared prompts' if shared else 'separate sequences'}. On the longest pair "
+        f"({longest.tokens} tokens) the two differ by {difference:.1e} nat a token at most; the "
+        f"longest sequence is {reach}, the sliding window {window}")
     return shared
 
 
@@ -399,8 +393,6 @@ class Setup:
     facts: dict  # what report and dry run say of data and machine
     reference: dict = field(default_factory=dict)  # "train", "eval" -> (pairs, 2) log-probabilities
     answers: list = field(default_factory=list)  # the reference's, to the sample prompts
-    initial: dict = field(default_factory=dict)  # first weights, where several runs start from them
-
     def rows(self, split):
         """All rows of a split, in order."""
         return [row for rows in self.steps[split] for row in rows]
@@ -488,13 +480,13 @@ def compute_logps(setup, split, config, title):
     raises   Interrupted, between two rows
     """
     rows, logps = setup.rows(split), torch.zeros(len(setup.pairs[split]), 2)
-    with progress(title, len(logps)) as tick:
+    with Progress(title, len(logps)) as bar:
         for start in range(0, len(rows), WORLD):
             row = rows[min(start + RANK, len(rows) - 1)]
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
             if start + RANK < len(rows):
                 logps[row.pairs] = answers.view(-1, 2).float().cpu()
-            tick(sum(len(row.pairs) for row in rows[start : start + WORLD]))
+            bar.update(sum(len(row.pairs) for row in rows[start : start + WORLD]))
             check_signal()
     if WORLD > 1:
         setup.policy.reshard()  # an optimizer built on gathered weights goes silently wrong
@@ -507,36 +499,35 @@ def reference_logps(setup, config):
     The reference is the policy before its first step, so they are computed with it, in the rows and
     the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
-    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own_attention, config.dtype,
+    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
            config.device, config.length_normalize, torch.get_num_threads(), WORLD,
            torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
            [(r.input_ids.tolist(), r.segments) for split in setup.pairs for r in setup.rows(split)]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     found = from_all(load_file(path) if RANK == 0 and path.exists() else None)[0]
-    if found:
-        say(f"Reference log-probabilities: read from {path}")
-        return found
-    with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
-        found = {split: compute_logps(setup, split, config, f"reference, {split}")
-                 for split in setup.pairs}
-    if config.reference_cache and RANK == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, path.with_suffix(f".{os.getpid()}"))
-        os.replace(path.with_suffix(f".{os.getpid()}"), path)
+    say(f"Reference log-probabilities: {f'read from {path}' if found else 'to be computed, once'}")
+    if not found:
+        with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
+            found = {split: compute_logps(setup, split, config, f"reference, {split}")
+                     for split in setup.pairs}
+        if config.reference_cache and RANK == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(found, path.with_suffix(f".{os.getpid()}"))
+            os.replace(path.with_suffix(f".{os.getpid()}"), path)
     return found
 
 
-def prepare(config, dry=False, several=False):
+def prepare(config, dry=False):
     """Load model and pairs, lay out rows, and compute the reference's log-probabilities."""
     model, tokenizer, stand_in = load_model(config)
     train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
     pairs, digest = {"train": train, "eval": held_out}, hashlib.sha256()
     for tensor in model.state_dict().values():
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n)
-    facts = {"drops": drops, "weights": digest.hexdigest(), "matrices": matrices,
-             "parameters": sum(p.numel() for p in model.parameters()),
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    facts = {"drops": drops, "weights": digest.hexdigest(), "parameters": sum(sizes.values()),
+             "matrices": sum(n for name, n in sizes.items() if "emb" not in name),
              "stand_ins": stand_ins + [f"{config.model} -> {stand_in}"] * bool(stand_in)}
     shared = choose_layout(model, train + held_out)
     torch.manual_seed(config.seed)
@@ -548,9 +539,9 @@ def prepare(config, dry=False, several=False):
     facts["peak"] = matmul_peak(config) * WORLD
     per_step = config.batch_size * config.gradient_accumulation_steps
     longest = config.batch_size * max(pair.tokens for pair in train + held_out)
-    steps = {split: [[data.make_row(pairs[split], indices) for indices in rows] for rows in
-                     data.group_into_steps(pairs[split], per_step, longest, WORLD)]
-             for split in pairs}
+    steps = {split: [[data.make_row(part, indices) for indices in rows] for rows in
+                     data.group_into_steps(part, per_step, longest, WORLD)]
+             for split, part in pairs.items()}
     setup = Setup(model, tokenizer, policy, adapter, weights, copies, pairs, steps, facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
@@ -558,8 +549,6 @@ def prepare(config, dry=False, several=False):
         setup.reference = reference_logps(setup, config)
         facts["reference_seconds"] = time.time() - start
         setup.answers = sample_answers(setup, config.sample_prompts)
-    if several:
-        setup.initial = {name: weight.detach().clone() for name, weight in weights.items()}
     return setup
 
 
@@ -568,11 +557,9 @@ def describe_data(setup, config):
     for split, pairs in setup.pairs.items():
         wanted, lengths = getattr(config, f"{split}_pairs"), sorted(p.tokens for p in pairs) or [0]
         spread = [lengths[(len(lengths) - 1) * share // 100] for share in (0, 10, 50, 90, 100)]
-        yield f"{split}: {len(pairs)} pairs" + (
-            f" (warning: {wanted} asked for)" if len(pairs) < wanted else "")
+        yield f"{split}: {len(pairs)} pairs" + ", fewer than asked" * (len(pairs) < wanted)
         yield f"  tokens, prompt once (0, 10, 50, 90, 100 %): {', '.join(map(str, spread))}"
-        yield (f"  cut to max_length {config.max_length} or max_prompt_length "
-               f"{config.max_prompt_length}: {sum(pair.cut for pair in pairs)}")
+        yield f"  cut to max_length or max_prompt_length: {sum(pair.cut for pair in pairs)}"
         yield from (f"  dropped, {why}: {n}" for why, n in setup.facts["drops"][split].items())
 
 
@@ -657,7 +644,7 @@ def file_hashes(folder):
 def save_checkpoint(folder, weights, optimizer, position):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
-    position  what cannot be derived from the config: {"step", "skipped", "seconds"}
+    position  what cannot be derived from the config: {"step", "seconds"}
     raises    TrainingError if it cannot be written, as on a full disk; the earlier ones stay
     """
     path = folder / f"step_{position['step']:07d}"
@@ -693,7 +680,7 @@ def load_checkpoint(folder, weights, optimizer):
             say(f"Resuming after optimizer step {manifest['position']['step']}")
             return manifest["position"]
         say(f"Warning: checkpoint {path} is damaged; the one before it is tried")
-    return {"step": 0, "skipped": 0, "seconds": 0.0}
+    return {"step": 0, "seconds": 0.0}
 
 
 def read_metrics(path, split=None):
@@ -718,8 +705,7 @@ def open_tracker(config):
 
             return wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
     except ImportError as error:
-        raise InputError(f"report_to={config.report_to} needs that package. Type: pip install "
-                         f"{config.report_to}") from error
+        raise InputError(f"report_to={config.report_to}: {error}. Install that package") from error
     return lambda figures, step: None
 
 
@@ -727,29 +713,29 @@ class Log:
     """metrics.jsonl, and the tracker: one row an optimizer step and one an evaluation."""
 
     def __init__(self, folder, config, position):
-        self.path, self.config = folder / "metrics.jsonl", config
-        self.track = open_tracker(config) if RANK == 0 else None
+        self.path, self.every, self.track = folder / "metrics.jsonl", config.logging_every, None
         self.start = time.time() - position["seconds"]
         kept = [r for r in read_metrics(self.path) if 0 < position["step"] >= r["step"]]
         if RANK == 0:
+            self.track = open_tracker(config)
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __call__(self, step, split, figures):
-        """Add a row; figures that are not finite become null, since JSON has no other word."""
-        figures = {"step": step, "split": split, **figures, "seconds": time.time() - self.start}
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-               for name, value in figures.items()}
+        """Add a row; what is not finite becomes null, since JSON has no other word for it."""
+        row = {"step": step, "split": split, **figures, "seconds": time.time() - self.start}
+        numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
+        row = {k: None if isinstance(v, float) else v for k, v in row.items()} | numbers
         if RANK == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            if split == "eval" or step % self.config.logging_every == 0:
-                self.track({f"{split}/{name}": value for name, value in row.items()
-                            if isinstance(value, (int, float))}, step=step)
+            if split == "eval" or step % self.every == 0:
+                self.track({f"{split}/{name}": v for name, v in numbers.items()}, step=step)
 
 
-def evaluate(setup, config):
-    """Metrics of the evaluation pairs under the policy as it is now."""
-    logps = compute_logps(setup, "eval", config, "evaluation")
+def evaluate(setup, config, logps=None):
+    """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
+    if logps is None:
+        logps = compute_logps(setup, "eval", config, "evaluation")
     return summarize(score(logps, setup.reference["eval"], config)[1], intervals=True)
 
 
@@ -795,48 +781,44 @@ def train(setup, config, folder):
     position = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
     position["seconds"] = position["seconds"] or setup.facts["reference_seconds"]
     copy_weights(setup.copies)
-    log, lost = Log(folder, config, position), 0
-    if setup.pairs["eval"] and not position["step"]:
-        reference = setup.reference["eval"]
-        log(0, "eval", summarize(score(reference, reference, config)[1], intervals=True))
+    log, first, lost = Log(folder, config, position), position["step"], 0
+    if setup.pairs["eval"] and not first:
+        log(0, "eval", evaluate(setup, config, setup.reference["eval"]))
     pairs = [sum(len(row.pairs) for row in steps[i]) for i in order]
-    with progress("training", sum(pairs), sum(pairs[: position["step"]])) as tick:
-        while position["step"] < len(order):
-            begin, step = time.time(), position["step"]
+    with Progress("training", sum(pairs), sum(pairs[:first])) as bar:
+        for step, index in enumerate(order[first:], first + 1):
+            begin = time.time()
             torch.manual_seed(config.seed + step * WORLD + RANK)  # lora_dropout's; nothing to save
-            rate, group = learning_rate(step, len(order), config), steps[order[step]]
-            figures = train_step(setup, config, group, optimizer, rate)
+            rate = learning_rate(step - 1, len(order), config)
+            figures = train_step(setup, config, steps[index], optimizer, rate)
             seconds = time.time() - begin
-            flops = 3 * row_flops(group, setup.model, setup.facts["matrices"])
+            flops = 3 * row_flops(steps[index], setup.model, setup.facts["matrices"])
             figures["tokens_per_second"] = figures["tokens"] / seconds
             figures["peak_share"] = flops / seconds / setup.facts["peak"]
-            log(step + 1, "train", figures)
-            position["step"] = step = step + 1
-            shown = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second",
-                     "peak_share") if step % config.logging_every == 0 else ()
-            tick(pairs[step - 1], **{name: f"{figures[name]:.4g}" for name in shown})
+            log(step, "train", figures)
             if step == 1:
                 say(f"First loss {figures['loss']:.6f}: {figures['loss'] - math.log(2):.0e} from ln 2")
+            if step % config.logging_every == 0:
+                shown = {name.rpartition("/")[2]: f"{figures[name]:.4g}" for name in SHOWN}
+                bar.set_postfix(shown, refresh=False)
+            bar.update(pairs[step - 1])
             lost = lost + 1 if "skipped" in figures else 0
-            position["skipped"] += lost > 0
             if lost:
-                say(f"Step {step} skipped: loss or gradient is not finite; records "
+                say(f"Step {step}: loss or gradient is not finite, update skipped; records "
                     f"{figures['skipped']}")
             if lost == 3:
                 raise TrainingError(
                     "three steps in a row had a loss or gradient that is not finite. Lower lr or set "
-                    f"dtype=float32; the last good checkpoint is kept in {folder / 'checkpoints'}")
-            due = lambda every: every and step % every == 0 and step < len(order)
-            if setup.pairs["eval"] and due(config.eval_every):
+                    f"dtype=float32; the last good checkpoint is in {folder / 'checkpoints'}")
+            ends = {name: step == len(order) or every and step % every == 0 for name, every in (
+                ("eval", config.eval_every), ("save", config.save_every))}
+            if setup.pairs["eval"] and ends["eval"]:
                 log(step, "eval", evaluate(setup, config))
-            stop = any(from_all(bool(_signals)))
-            if (due(config.save_every) or stop) and not lost:
-                position["seconds"] = time.time() - log.start
-                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, position)
+            if ends["save"] and not lost or any(from_all(bool(_signals))):
+                save_checkpoint(folder / "checkpoints", setup.weights, optimizer,
+                                {"step": step, "seconds": time.time() - log.start})
                 draw_curves(log.path)
             check_signal()
-    if setup.pairs["eval"]:
-        log(position["step"], "eval", evaluate(setup, config))
 
 
 def draw_curves(metrics):
@@ -847,38 +829,34 @@ def draw_curves(metrics):
     from matplotlib.figure import Figure
 
     trained, held_out = (pandas.DataFrame(read_metrics(metrics, s)) for s in ("train", "eval"))
-    panels = {"loss": ["loss"], "rewards/accuracies": ["rewards/accuracies"],
-              "rewards/margins": ["rewards/margins"], "grad_norm": ["grad_norm"], "lr": ["lr"],
-              "rewards": ["rewards/chosen", "rewards/rejected"]}
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for name, color in zip(names, ("tab:blue", "tab:orange"), strict=False):
-            own = f"{name.removeprefix('rewards/')}, " if len(names) > 1 else ""
-            window = 1 if title == "lr" else 1 + len(trained) // 20
-            smooth = trained[name].rolling(window, min_periods=1).mean()
-            axis.plot(trained["step"], trained[name], color=color, alpha=0.2, linewidth=0.8)
-            axis.plot(trained["step"], smooth, color=color, label=f"{own}training")
+    figure, picture = Figure(figsize=(12, 6.5), layout="constrained"), metrics.with_name("curves.png")
+    panels = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
+              "rewards/chosen rewards/rejected")
+    for axis, title in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
+            own = f"{name.rpartition('/')[2]}, " if " " in title else ""
+            smooth = trained[name].rolling(1 + len(trained) // 20, min_periods=1).mean()
+            axis.plot(trained["step"], trained[name], color=color, alpha=0.25, linewidth=0.8)
+            axis.plot(trained["step"], smooth, color=color, label=f"{own}training, smoothed")
             if f"{name}/ci95" in held_out:
                 axis.errorbar(held_out["step"], held_out[name], held_out[f"{name}/ci95"], capsize=3,
                               fmt="o--", color=color, mfc="white", label=f"{own}held out")
-        if title in ("loss", "rewards/accuracies"):
-            level, label = (math.log(2), "ln 2") if title == "loss" else (0.5, "chance")
+        for level, label in {"loss": {math.log(2): "ln 2"}}.get(title, {}).items():
             axis.axhline(level, color="gray", linestyle=":", label=label)
-        axis.set(title=title, xlabel="optimizer step")
+        axis.set(title=title.replace(" ", ", "), xlabel="optimizer step")
         axis.legend(fontsize=8)
-    figure.savefig(metrics.with_name("curves.png.tmp"), dpi=90, format="png")
-    os.replace(metrics.with_name("curves.png.tmp"), metrics.with_name("curves.png"))
+    figure.savefig(f"{picture}.tmp", dpi=90, format="png")
+    os.replace(f"{picture}.tmp", picture)
 
 
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    dtype, temporary, model = DTYPES[config.save_dtype], folder / "model.tmp", setup.model
+    temporary, model, merge = folder / "model.tmp", setup.model, config.lora_merge and config.lora_r
     state = {name: full(setup.weights.get(name, p)).float() for name, p in model.named_parameters()}
-    merge = config.lora_merge and config.lora_r
     for name, module in model.named_modules() if merge else ():
         if hasattr(module, "get_delta_weight"):
             state[f"{name}.base_layer.weight"] += full(module.get_delta_weight("default")).float()
-    state = {name: value.to(dtype) for name, value in state.items()}
+    state = {name: value.to(DTYPES[config.save_dtype]) for name, value in state.items()}
     if RANK > 0:
         return
     shutil.rmtree(temporary, ignore_errors=True)
@@ -886,10 +864,9 @@ def save_model(setup, config, folder, card):
         state = {f"base_model.model.{name}": value for name, value in state.items()}
         setup.adapter.save_pretrained(temporary, state_dict=state)
     else:
-        ends = model.generation_config.eos_token_id or []
-        ends = {data.PairTokenizer(setup.tokenizer).end_of_turn, *(
-            [ends] if isinstance(ends, int) else ends)}
-        model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else ends.pop()
+        end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
+        known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
+        ends.eos_token_id = end if known in ([end], [None]) else sorted({end, *known})
         model.save_pretrained(temporary, state_dict={
             name.replace(".base_layer", ""): v for name, v in state.items() if ".lora_" not in name})
         described = json.loads((temporary / "config.json").read_text())
@@ -897,9 +874,7 @@ def save_model(setup, config, folder, card):
         (temporary / "config.json").write_text(json.dumps(described, indent=2))
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+    os.sync()
     os.replace(temporary, folder / "model")
 
 
@@ -911,16 +886,14 @@ def markdown(header, rows):
 
 def compare(held_out):
     """Markdown: the evaluation before and after, and whether anything measurably changed."""
-    if not held_out:
-        return "There were no evaluation pairs."
-    before, after, changed, rows = held_out[0], held_out[-1], [], []
-    for name in ("loss", "rewards/margins", "rewards/accuracies"):
-        change, half = after[name] - before[name], after[f"{name}/ci95"]
-        changed += [name] * (abs(change) > half)
-        rows.append((name, f"{before[name]:.4f}", f"{after[name]:.4f}", f"{change:+.4f} ± {half:.4f}"))
+    changed, rows = [], []
+    for name in ("loss", "rewards/margins", "rewards/accuracies") if held_out else ():
+        (before, after), half = (row[name] for row in (held_out[0], held_out[-1])), held_out[-1][
+            f"{name}/ci95"]
+        changed += [name] * (abs(after - before) > half)
+        rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     return markdown(("held out", "before", "after", "change, paired 95 % interval"), rows) + (
-        f"\n\nMeasurable change in {', '.join(changed)}." if changed else
-        "\n\nNo measurable change: every interval includes 0.")
+        f"\n\nMeasurable change in {', '.join(changed)}." if changed else "\n\nNo measurable change.")
 
 
 def finish(setup, config, folder):
@@ -930,13 +903,11 @@ def finish(setup, config, folder):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.device.startswith("cuda"):
         memory = torch.cuda.max_memory_allocated()
-    middle = {name: sorted(row[name] for row in trained)[len(trained) // 2]
-              for name in ("tokens_per_second", "peak_share")}
-    speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began; median "
-             f"{middle['tokens_per_second']:.0f} tokens/s, {middle['peak_share']:.0%} of the matrix "
-             f"product's measured peak; {memory / 1e9:.1f} GB at most; "
-             f"{sum('skipped' in row for row in trained)} updates skipped")
-    say(f"\n{evaluation}\n\n{speed}")
+    rate, share = (sorted(row[name] for row in trained)[len(trained) // 2] for name in SHOWN[-2:])
+    facts = [*describe_data(setup, config), *setup.facts["stand_ins"],
+             f"{trained[-1]['seconds']:.0f} s since the reference pass began, {memory / 1e9:.1f} GB",
+             f"median of {rate:.0f} tokens/s, {share:.0%} of a matrix product's measured peak",
+             f"{sum('skipped' in row for row in trained)} updates skipped"]
     settings = markdown(("setting", "value"), [
         (name, value) for name, value in asdict(config).items()
         if name in ("model", "dataset", "beta", "lr") or value != getattr(Config, name)])
@@ -946,21 +917,18 @@ def finish(setup, config, folder):
     samples = "\n\n---\n\n".join(
         f"Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\nReference\n\n{quote(before)}"
         f"\n\nTrained\n\n{quote(after)}" for pair, before, after in answers)
-    notes = "".join(f"The Hub was out of reach: {name}.\n\n" for name in setup.facts["stand_ins"])
-    facts = "\n".join([*describe_data(setup, config), speed])
-    report = (f"# {folder.name}\n\n{notes}{evaluation}\n\n![curves](curves.png)\n\n{settings}\n\n"
-              f"```\n{facts}\n```\n\n## Answers to held-out prompts\n\n{samples}\n")
+    body = f"{evaluation}\n\n{settings}\n\n```\n{chr(10).join(facts)}\n```\n"
     card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
             f"tags: [dpo]\n---\n{Path(config.model).name}, aligned with Direct Preference "
-            f"Optimization (arXiv 2305.18290); the base model's licence applies.\n\n{notes}"
-            f"{evaluation}\n\n{settings}\n")
+            f"Optimization (arXiv 2305.18290). The base model's licence applies.\n\n{body}")
     draw_curves(metrics)
     if RANK == 0:
-        write_atomically(folder / "report.md", report)
+        write_atomically(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{body}"
+                         f"\n## Answers to held-out prompts\n\n{samples}\n")
     save_model(setup, config, folder, card)
     if RANK == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say(f"The model is in {folder / 'model'}, the report in {folder / 'report.md'}")
+    say("\n".join(("", evaluation, "", *facts[-3:], f"Model and report are in {folder}")))
 
 
 def memory_estimate(parameters, trained, activations, config, processes=1):
@@ -977,28 +945,27 @@ def memory_estimate(parameters, trained, activations, config, processes=1):
 
 def dry_run(setup, config):
     """Print the first pair as the model sees it, and what a run would take."""
-    pair, tokenizer = setup.pairs["train"][0], setup.tokenizer
-    for title, code, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
-                             ("rejected", 31, pair.rejected_ids)):
-        colors = [35 if i in tokenizer.all_special_ids else code for i in ids]
-        text = [f"\033[{c}m{tokenizer.decode([i])}\033[0m" if sys.stdout.isatty() else
-                tokenizer.decode([i]) for i, c in zip(ids, colors, strict=True)]
+    pair, decode, facts = setup.pairs["train"][0], setup.tokenizer.decode, setup.facts
+    for title, color, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
+                              ("rejected", 31, pair.rejected_ids)):
+        colors = [35 if i in setup.tokenizer.all_special_ids else color for i in ids]
+        text = (f"\033[{c}m{decode(i)}\033[0m" if sys.stdout.isatty() else decode(i)
+                for i, c in zip(ids, colors, strict=True))
         say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
-    flops = {split: row_flops(setup.rows(split), setup.model, setup.facts["matrices"])
-             for split in setup.pairs if setup.pairs[split]}
     rows = sorted(setup.rows("train"), key=lambda row: len(row.input_ids))
+    sample = rows[len(rows) // 2 :][:1]
     with torch.no_grad():
-        setup.policy(rows[len(rows) // 2])
+        setup.policy(sample[0])
         start = time.time()
-        setup.policy(rows[len(rows) // 2])
-    rate = row_flops([rows[len(rows) // 2]], setup.model, setup.facts["matrices"]) / (
-        time.time() - start) * WORLD
-    seconds = (flops["train"] * (1 + 3 * config.epochs) + flops.get("eval", 0) * 2) / rate
+        setup.policy(sample[0])
+    passes = rows * (1 + 3 * config.epochs) + setup.rows("eval") * 2
+    share, seconds = (row_flops(part, setup.model, facts["matrices"]) for part in (passes, sample))
     shape = setup.model.config.get_text_config()
     memory = memory_estimate(
-        setup.facts["parameters"], sum(weight.numel() for weight in setup.weights.values()),
+        facts["parameters"], sum(weight.numel() for weight in setup.weights.values()),
         len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers, config, WORLD)
-    say(f"Estimate: {seconds / 60:.0f} minutes and {memory / 1e9:.1f} GB for each process")
+    minutes = share / seconds * (time.time() - start) / WORLD / 60
+    say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB for each process")
 
 
 def summarize_sweep(configs, varied):
@@ -1013,18 +980,16 @@ def summarize_sweep(configs, varied):
     folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
     frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
-    shown = [*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]
-    say(markdown(shown, frame[shown].map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
-    x = "lr" if "lr" in varied else varied[0]
-    others = [name for name in varied if name != x]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    shown = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
+    say(markdown(shown.columns, shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
+    figure, x = Figure(figsize=(11, 4), layout="constrained"), "lr" if "lr" in varied else varied[0]
+    lines = frame.sort_values(x).groupby([name for name in varied if name != x] or "split")
     for axis, name in zip(figure.subplots(1, 2), names, strict=True):
-        parts = frame.sort_values(x).groupby(others) if others else [("", frame.sort_values(x))]
-        for label, part in parts:
+        for label, part in lines:
             axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"], capsize=3,
-                          marker="o", label=", ".join(map(str, label)) or "all")
+                          marker="o", label=", ".join(map(str, label)))
         axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
-        axis.legend(title=", ".join(others))
+        axis.legend(title=", ".join(lines.keys))
     figure.savefig(folder / "sweep.png", dpi=90)
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
@@ -1036,14 +1001,14 @@ def claim(folder, config, overwrite):
     raises   InputError if another process holds it, or an unfinished run has other settings
     """
     path, fresh = folder / "config.yaml", asdict(config)
-    old = yaml.safe_load(path.read_text()) if path.exists() and not overwrite else {}
+    old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
     changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
-               if name in fresh and name not in HARMLESS and value != fresh[name]]
-    if changed and (folder / "checkpoints").exists():
+               if name in fresh.keys() - HARMLESS and value != fresh[name]]
+    if changed and not overwrite:
         raise InputError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}"
                          "). Set them back, give another output_dir, or add --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
+    lock = open(folder / ".lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -1065,17 +1030,16 @@ def run(configs, varied, options):
         key = {name: value for name, value in asdict(config).items() if name not in SHARING}
         if key != shared:
             setup = None  # frees the old model before the next one loads
-            setup, shared = prepare(config, options.dry_run, len(configs) > 1), key
+            setup, shared = prepare(config, options.dry_run), key
+            first = {n: w.detach().clone() for n, w in setup.weights.items()} if varied else {}
         if options.dry_run:
             return dry_run(setup, config)
-        lock = claim(folder, config, options.overwrite) if RANK == 0 else None
-        with torch.no_grad(), lock or contextlib.nullcontext():
-            for name, first in setup.initial.items():
-                setup.weights[name].copy_(first)
-            with torch.enable_grad():
-                train(setup, config, folder)
+        with claim(folder, config, options.overwrite) if RANK == 0 else contextlib.nullcontext():
+            for name, weight in first.items():
+                setup.weights[name].data.copy_(weight)
+            train(setup, config, folder)
             finish(setup, config, folder)
-    if len(configs) > 1 and RANK == 0:
+    if varied and RANK == 0:
         summarize_sweep(configs, varied)
 
 
@@ -1091,6 +1055,7 @@ def main(arguments=None):
     options = parser.parse_intermixed_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # the libraries' own, which no user can do anything about
     catch_signals()
     try:
         configs, varied = read_config(options.config, options.overrides)
@@ -1100,20 +1065,23 @@ def main(arguments=None):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group()
         run(configs, varied, options)
+        return 0
     except Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
         return 128 + stop.args[0]
-    except (torch.OutOfMemoryError, MemoryError):
-        say("Error: out of memory. Lower batch_size, max_length or max_prompt_length, set "
-            "activation_checkpointing=true, or train an adapter with lora_r=16")
-        return 1
-    except (InputError, TrainingError, OSError) as error:
+    except InputError as error:
         say(f"Error: {error}")
-        return 2 if isinstance(error, InputError) else 1
+        return 2
+    except (TrainingError, OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (TrainingError, OSError)) and "memory" not in str(error):
+            raise
+        say(f"Stopped: {data.first_line(error)}" + ("" if isinstance(error, TrainingError) else (
+            "\nIf memory ran out: lower batch_size or max_length, set activation_checkpointing=true"
+            " or train an adapter with lora_r=16")))
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
