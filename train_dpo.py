@@ -31,6 +31,7 @@ import typing
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -50,8 +51,9 @@ from dpo_loss import dpo_loss, sequence_logps, token_logps
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
-          dict: "lines of `name: stand-in`"}
+WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
+          int: "a whole number from {} to {}", float: "a number from {} to {}"}
+ANY = (-math.inf, math.inf, ())
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
@@ -72,7 +74,7 @@ class Interrupted(Exception):
 
 def setting(default, low=-math.inf, high=math.inf, choices=()):
     """A config field with its inclusive bounds or its choices."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
+    return field(default=default, metadata={"rule": (low, high, choices)})
 
 
 @dataclass(frozen=True)
@@ -131,18 +133,17 @@ def check_setting(spec, kind, value):
     """
     if value is None and type(None) in typing.get_args(kind):
         return None
-    kind, rule = (*typing.get_args(kind), kind)[0], spec.metadata
+    kind, (low, high, choices) = (*typing.get_args(kind), kind)[0], spec.metadata.get("rule", ANY)
     try:
-        number = float(value) if kind in (int, float) and not isinstance(value, bool) else None
-        value = value if number is None else kind(number)
-        if not isinstance(value, kind) or number is not None and not value == number:
-            raise ValueError
+        if kind in (int, float) and not isinstance(value, bool):
+            value = kind(value) if kind(value) == float(value) else None
+        right = isinstance(value, kind) and (value in choices if choices else
+                                             kind not in (int, float) or low <= value <= high)
     except (ValueError, TypeError, OverflowError):
-        raise InputError(f"{spec.name} must be {WANTED[kind]}, not {value!r}") from None
-    if rule and rule["choices"] and value not in rule["choices"]:
-        raise InputError(f"{spec.name} must be one of {', '.join(rule['choices'])}, not {value!r}")
-    if number is not None and not rule["low"] <= value <= rule["high"]:
-        raise InputError(f"{spec.name} must be from {rule['low']} to {rule['high']}, not {value}")
+        right = False
+    if not right:
+        wanted = f"one of {', '.join(choices)}" if choices else WANTED[kind].format(low, high)
+        raise InputError(f"{spec.name} must be {wanted}, not {value!r}")
     return value
 
 
@@ -378,38 +379,15 @@ def choose_layout(model, pairs, tolerance=1e-3):
     return shared
 
 
-@dataclass
-class Setup:
-    """What the runs of a sweep share."""
-
-    model: nn.Module
-    tokenizer: typing.Any
-    policy: AnswerLogps
-    adapter: typing.Any  # peft's wrapper of the model, or None
-    weights: dict  # name -> float32 tensor that the optimizer updates
-    copies: list  # (parameter in the compute dtype, its float32 weights)
-    pairs: dict  # "train" and "eval" -> list of data.Pair
-    steps: dict  # "train" and "eval" -> list of optimizer steps, each a list of data.Row
-    facts: dict  # what report and dry run say of data and machine
-    reference: dict = field(default_factory=dict)  # "train", "eval" -> (pairs, 2) log-probabilities
-    answers: list = field(default_factory=list)  # the reference's, to the sample prompts
-    def rows(self, split):
-        """All rows of a split, in order."""
-        return [row for rows in self.steps[split] for row in rows]
-
-
 def add_adapter(model, config):
     """Inject a LoRA adapter into the model's layers; returns peft's wrapper, which saves it."""
+    import peft
+
     names = [name.strip() for name in config.lora_target_modules.split(",")]
     try:
-        import peft
-
         return peft.get_peft_model(model, peft.LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            target_modules="all-linear" if names == ["all-linear"] else names,
-            task_type="CAUSAL_LM"))
-    except ImportError as error:
-        raise InputError("lora_r above 0 needs peft. Type: pip install peft") from error
+            target_modules=names[0] if names == ["all-linear"] else names, task_type="CAUSAL_LM"))
     except ValueError as error:
         raise InputError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
 
@@ -479,7 +457,7 @@ def compute_logps(setup, split, config, title):
     returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
     raises   Interrupted, between two rows
     """
-    rows, logps = setup.rows(split), torch.zeros(len(setup.pairs[split]), 2)
+    rows, logps = all_rows(setup, split), torch.zeros(len(setup.pairs[split]), 2)
     with Progress(title, len(logps)) as bar:
         for start in range(0, len(rows), WORLD):
             row = rows[min(start + RANK, len(rows) - 1)]
@@ -502,7 +480,7 @@ def reference_logps(setup, config):
     key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
            config.device, config.length_normalize, torch.get_num_threads(), WORLD,
            torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
-           [(r.input_ids.tolist(), r.segments) for split in setup.pairs for r in setup.rows(split)]]
+           [(r.input_ids.tolist(), r.segments) for split in setup.pairs for r in all_rows(setup, split)]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     found = from_all(load_file(path) if RANK == 0 and path.exists() else None)[0]
@@ -519,7 +497,16 @@ def reference_logps(setup, config):
 
 
 def prepare(config, dry=False):
-    """Load model and pairs, lay out rows, and compute the reference's log-probabilities."""
+    """Load model and pairs, lay out rows, and compute the reference's log-probabilities.
+
+    returns  what the runs of a sweep share, as attributes:
+        model, tokenizer, policy (AnswerLogps), adapter (peft's wrapper of the model, or None)
+        weights, copies   as from place_weights
+        pairs, steps      "train" and "eval" -> list of data.Pair; list of steps, lists of data.Row
+        reference         "train" and "eval" -> (pairs, 2) log-probabilities; not in a dry run
+        answers           the reference's, to the sample prompts; not in a dry run
+        facts             what report and dry run say of data and machine
+    """
     model, tokenizer, stand_in = load_model(config)
     train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
     pairs, digest = {"train": train, "eval": held_out}, hashlib.sha256()
@@ -542,7 +529,8 @@ def prepare(config, dry=False):
     steps = {split: [[data.make_row(part, indices) for indices in rows] for rows in
                      data.group_into_steps(part, per_step, longest, WORLD)]
              for split, part in pairs.items()}
-    setup = Setup(model, tokenizer, policy, adapter, weights, copies, pairs, steps, facts)
+    setup = SimpleNamespace(model=model, tokenizer=tokenizer, policy=policy, adapter=adapter,
+                            weights=weights, copies=copies, pairs=pairs, steps=steps, facts=facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
         start = time.time()
@@ -550,6 +538,11 @@ def prepare(config, dry=False):
         facts["reference_seconds"] = time.time() - start
         setup.answers = sample_answers(setup, config.sample_prompts)
     return setup
+
+
+def all_rows(setup, split):
+    """All rows of a split, in order."""
+    return [row for rows in setup.steps[split] for row in rows]
 
 
 def describe_data(setup, config):
@@ -694,18 +687,15 @@ def read_metrics(path, split=None):
 
 def open_tracker(config):
     """A function of a dict of figures and their step that sends them to the tracker, if any."""
-    try:
-        if config.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if config.report_to == "wandb":
+        import wandb
 
-            add = SummaryWriter(config.output_dir).add_scalar
-            return lambda figures, step: [add(name, v, step) for name, v in figures.items()]
-        if config.report_to == "wandb":
-            import wandb
+        return wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            return wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
-    except ImportError as error:
-        raise InputError(f"report_to={config.report_to}: {error}. Install that package") from error
+        add = SummaryWriter(config.output_dir).add_scalar
+        return lambda figures, step: [add(name, v, step) for name, v in figures.items()]
     return lambda figures, step: None
 
 
@@ -817,36 +807,49 @@ def train(setup, config, folder):
             if ends["save"] and not lost or any(from_all(bool(_signals))):
                 save_checkpoint(folder / "checkpoints", setup.weights, optimizer,
                                 {"step": step, "seconds": time.time() - log.start})
-                draw_curves(log.path)
+                if RANK == 0:
+                    draw_curves(log.path)
             check_signal()
+
+
+def draw(path, panels, **size):
+    """Write a picture of panels: (title, x label, lines), a line being its style for errorbar."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **size)
+    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3)).flat
+    for axis, (title, label, lines) in zip(axes, panels, strict=True):
+        for line in lines:
+            axis.errorbar(**{"capsize": 3} | line)
+        axis.set(title=title, xlabel=label)
+        axis.legend(fontsize=8)
+    figure.savefig(f"{path}.tmp", dpi=90, format="png")
+    os.replace(f"{path}.tmp", path)
 
 
 def draw_curves(metrics):
     """curves.png beside metrics.jsonl: training smoothed, evaluation with 95 % intervals."""
-    if RANK > 0:
-        return
     import pandas
-    from matplotlib.figure import Figure
 
     trained, held_out = (pandas.DataFrame(read_metrics(metrics, s)) for s in ("train", "eval"))
-    figure, picture = Figure(figsize=(12, 6.5), layout="constrained"), metrics.with_name("curves.png")
-    panels = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
-              "rewards/chosen rewards/rejected")
-    for axis, title in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    panels = []
+    for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
+                  "rewards/chosen rewards/rejected"):
+        lines = []
         for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
-            own = f"{name.rpartition('/')[2]}, " if " " in title else ""
+            own, x = name.rpartition("/")[2], {"x": trained["step"], "color": color}
             smooth = trained[name].rolling(1 + len(trained) // 20, min_periods=1).mean()
-            axis.plot(trained["step"], trained[name], color=color, alpha=0.25, linewidth=0.8)
-            axis.plot(trained["step"], smooth, color=color, label=f"{own}training, smoothed")
+            lines += [x | {"y": trained[name], "alpha": 0.25, "linewidth": 0.8},
+                      x | {"y": smooth, "label": f"{own}, training, smoothed"}]
             if f"{name}/ci95" in held_out:
-                axis.errorbar(held_out["step"], held_out[name], held_out[f"{name}/ci95"], capsize=3,
-                              fmt="o--", color=color, mfc="white", label=f"{own}held out")
-        for level, label in {"loss": {math.log(2): "ln 2"}}.get(title, {}).items():
-            axis.axhline(level, color="gray", linestyle=":", label=label)
-        axis.set(title=title.replace(" ", ", "), xlabel="optimizer step")
-        axis.legend(fontsize=8)
-    figure.savefig(f"{picture}.tmp", dpi=90, format="png")
-    os.replace(f"{picture}.tmp", picture)
+                lines.append({"x": held_out["step"], "y": held_out[name], "fmt": "o--", "mfc": "w",
+                              "yerr": held_out[f"{name}/ci95"], "color": color,
+                              "label": f"{own}, held out"})
+        if title == "loss":
+            lines.append({"x": trained["step"], "y": [math.log(2)] * len(trained), "color": "gray",
+                          "linestyle": ":", "label": "ln 2"})
+        panels.append((title.replace(" ", ", "), "optimizer step", lines))
+    draw(metrics.with_name("curves.png"), panels, figsize=(12, 6.5))
 
 
 def save_model(setup, config, folder, card):
@@ -921,8 +924,8 @@ def finish(setup, config, folder):
     card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
             f"tags: [dpo]\n---\n{Path(config.model).name}, aligned with Direct Preference "
             f"Optimization (arXiv 2305.18290). The base model's licence applies.\n\n{body}")
-    draw_curves(metrics)
     if RANK == 0:
+        draw_curves(metrics)
         write_atomically(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{body}"
                          f"\n## Answers to held-out prompts\n\n{samples}\n")
     save_model(setup, config, folder, card)
@@ -952,13 +955,13 @@ def dry_run(setup, config):
         text = (f"\033[{c}m{decode(i)}\033[0m" if sys.stdout.isatty() else decode(i)
                 for i, c in zip(ids, colors, strict=True))
         say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
-    rows = sorted(setup.rows("train"), key=lambda row: len(row.input_ids))
+    rows = sorted(all_rows(setup, "train"), key=lambda row: len(row.input_ids))
     sample = rows[len(rows) // 2 :][:1]
     with torch.no_grad():
         setup.policy(sample[0])
         start = time.time()
         setup.policy(sample[0])
-    passes = rows * (1 + 3 * config.epochs) + setup.rows("eval") * 2
+    passes = rows * (1 + 3 * config.epochs) + all_rows(setup, "eval") * 2
     share, seconds = (row_flops(part, setup.model, facts["matrices"]) for part in (passes, sample))
     shape = setup.model.config.get_text_config()
     memory = memory_estimate(
@@ -971,7 +974,6 @@ def dry_run(setup, config):
 def summarize_sweep(configs, varied):
     """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them."""
     import pandas
-    from matplotlib.figure import Figure
 
     rows = [{name: getattr(config, name) for name in varied} | row for config in configs
             for row in read_metrics(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
@@ -982,15 +984,12 @@ def summarize_sweep(configs, varied):
     frame.to_csv(folder / "sweep.csv", index=False)
     shown = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
     say(markdown(shown.columns, shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
-    figure, x = Figure(figsize=(11, 4), layout="constrained"), "lr" if "lr" in varied else varied[0]
-    lines = frame.sort_values(x).groupby([name for name in varied if name != x] or "split")
-    for axis, name in zip(figure.subplots(1, 2), names, strict=True):
-        for label, part in lines:
-            axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"], capsize=3,
-                          marker="o", label=", ".join(map(str, label)))
-        axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
-        axis.legend(title=", ".join(lines.keys))
-    figure.savefig(folder / "sweep.png", dpi=90)
+    x = "lr" if "lr" in varied else varied[0]
+    others = [name for name in varied if name != x] or ["split"]
+    draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
+        {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"], "marker": "o",
+         "label": ", ".join(map(str, (*others, *label)))}
+        for label, part in frame.sort_values(x).groupby(others)]) for name in names], figsize=(11, 4))
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
@@ -1069,19 +1068,21 @@ def main(arguments=None):
     except Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
         return 128 + stop.args[0]
-    except InputError as error:
-        say(f"Error: {error}")
+    except (InputError, ImportError) as error:
+        say(f"Error: {error}" + f". Type: pip install {getattr(error, 'name', '')}" * isinstance(
+            error, ImportError))
         return 2
-    except (TrainingError, OSError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, (TrainingError, OSError)) and "memory" not in str(error):
+    except (TrainingError, OSError) as error:
+        say(f"Stopped: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
-        say(f"Stopped: {data.first_line(error)}" + ("" if isinstance(error, TrainingError) else (
-            "\nIf memory ran out: lower batch_size or max_length, set activation_checkpointing=true"
-            " or train an adapter with lora_r=16")))
-        return 1
+        say("Stopped: out of memory. Lower batch_size or max_length, set activation_checkpointing="
+            f"true, or train an adapter with lora_r=16. ({data.first_line(error)})")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    return 1
 
 
 if __name__ == "__main__":
