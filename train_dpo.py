@@ -52,8 +52,7 @@ from dpo_loss import dpo_loss, sequence_logps, token_logps
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
-          int: "a whole number from {} to {}", float: "a number from {} to {}"}
-ANY = (-math.inf, math.inf, ())
+          int: "a whole number from {low} to {high}", float: "a number from {low} to {high}"}
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
@@ -74,7 +73,7 @@ class Interrupted(Exception):
 
 def setting(default, low=-math.inf, high=math.inf, choices=()):
     """A config field with its inclusive bounds or its choices."""
-    return field(default=default, metadata={"rule": (low, high, choices)})
+    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -133,18 +132,18 @@ def check_setting(spec, kind, value):
     """
     if value is None and type(None) in typing.get_args(kind):
         return None
-    kind, (low, high, choices) = (*typing.get_args(kind), kind)[0], spec.metadata.get("rule", ANY)
+    kind, rule = (*typing.get_args(kind), kind)[0], spec.metadata or setting(None).metadata
     try:
-        if kind in (int, float) and not isinstance(value, bool):
-            value = kind(value) if kind(value) == float(value) else None
-        right = isinstance(value, kind) and (value in choices if choices else
-                                             kind not in (int, float) or low <= value <= high)
+        number = kind in (int, float) and not isinstance(value, bool)
+        if number and kind(value) == float(value):
+            value = kind(value)
+        if (isinstance(value, kind) and (value in rule["choices"] or not rule["choices"])
+                and (not number or rule["low"] <= value <= rule["high"])):
+            return value
     except (ValueError, TypeError, OverflowError):
-        right = False
-    if not right:
-        wanted = f"one of {', '.join(choices)}" if choices else WANTED[kind].format(low, high)
-        raise InputError(f"{spec.name} must be {wanted}, not {value!r}")
-    return value
+        pass  # not a number: the error below says so
+    wanted = WANTED[kind].format(**rule) if not rule["choices"] else ", ".join(rule["choices"])
+    raise InputError(f"{spec.name} must be {wanted}, not {value!r}")
 
 
 def read_config(path, overrides=()):
@@ -176,11 +175,9 @@ def read_config(path, overrides=()):
             raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
         folder = config.output_dir
         folder += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in folder)
-        filled = {name: str(value).replace("/", "-") for name, value in asdict(config).items()}
-        try:
-            configs.append(replace(config, output_dir=folder.format_map(filled)))
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"output_dir {folder}: {error} is no setting's name") from error
+        for name, value in asdict(config).items():
+            folder = folder.replace(f"{{{name}}}", str(value).replace("/", "-"))
+        configs.append(replace(config, output_dir=folder))
     if not configs:
         raise InputError(f"{', '.join(varied)}: an empty list; give at least one value")
     return configs, varied
@@ -275,7 +272,8 @@ def load_model(config):
         return tokenizer, AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, **options, **gguf)
 
-    (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline or {}, load)
+    with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
+        (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline, load)
     for module in model.modules():  # the model stays in train mode, without dropout
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
@@ -638,24 +636,18 @@ def save_checkpoint(folder, weights, optimizer, position):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
     position  what cannot be derived from the config: {"step", "seconds"}
-    raises    TrainingError if it cannot be written, as on a full disk; the earlier ones stay
+    raises    CheckpointException or OSError, as on a full disk; the earlier ones stay
     """
     path = folder / f"step_{position['step']:07d}"
     temporary = path.with_suffix(".tmp")
-    try:
-        dcp.save(checkpoint_tensors(weights, optimizer), no_dist=WORLD == 1,
-                 checkpoint_id=temporary)
-        if RANK == 0:
-            manifest = {"position": position, "files": file_hashes(temporary)}
-            write_atomically(temporary / "manifest.json", json.dumps(manifest))
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
-            os.replace(temporary, path)
-            for old in sorted(folder.glob("step_*"))[:-2]:
-                shutil.rmtree(old)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"checkpoint {path} could not be written ({data.first_line(error)}); "
-                            "earlier ones are intact") from error
+    dcp.save(checkpoint_tensors(weights, optimizer), checkpoint_id=temporary, no_dist=WORLD == 1)
+    if RANK == 0:
+        manifest = {"position": position, "files": file_hashes(temporary)}
+        write_atomically(temporary / "manifest.json", json.dumps(manifest))
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+        os.replace(temporary, path)
+        for old in sorted(folder.glob("step_*"))[:-2]:
+            shutil.rmtree(old)
 
 
 def load_checkpoint(folder, weights, optimizer):
@@ -663,21 +655,18 @@ def load_checkpoint(folder, weights, optimizer):
     for path in folder.glob("*.tmp") if RANK == 0 else ():
         shutil.rmtree(path)
     for path in sorted(folder.glob("step_*[0-9]"), reverse=True):
-        manifest = None
-        with contextlib.suppress(OSError, ValueError):
-            manifest = json.loads((path / "manifest.json").read_text())
-        whole = manifest and (RANK > 0 or manifest["files"] == file_hashes(path))
-        if all(from_all(whole)):
-            dcp.load(checkpoint_tensors(weights, optimizer), checkpoint_id=path,
-                     no_dist=WORLD == 1)
+        manifest = next(iter(read_rows(path / "manifest.json")), {})
+        if all(from_all(manifest and (RANK > 0 or manifest["files"] == file_hashes(path)))):
+            tensors = checkpoint_tensors(weights, optimizer)
+            dcp.load(tensors, checkpoint_id=path, no_dist=WORLD == 1)
             say(f"Resuming after optimizer step {manifest['position']['step']}")
             return manifest["position"]
         say(f"Warning: checkpoint {path} is damaged; the one before it is tried")
     return {"step": 0, "seconds": 0.0}
 
 
-def read_metrics(path, split=None):
-    """The rows of metrics.jsonl, of one split or all; a line that a crash has torn is left out."""
+def read_rows(path, split=None):
+    """The rows of a JSONL file, of one split or all; a line that a crash has torn is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -690,7 +679,8 @@ def open_tracker(config):
     if config.report_to == "wandb":
         import wandb
 
-        return wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
+        log = wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
+        return lambda figures, step: log(figures, step=step)
     if config.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -703,23 +693,22 @@ class Log:
     """metrics.jsonl, and the tracker: one row an optimizer step and one an evaluation."""
 
     def __init__(self, folder, config, position):
-        self.path, self.every, self.track = folder / "metrics.jsonl", config.logging_every, None
+        self.path, self.every = folder / "metrics.jsonl", config.logging_every
         self.start = time.time() - position["seconds"]
-        kept = [r for r in read_metrics(self.path) if 0 < position["step"] >= r["step"]]
+        kept = [row for row in read_rows(self.path) if 0 < position["step"] >= row["step"]]
         if RANK == 0:
             self.track = open_tracker(config)
             write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def __call__(self, step, split, figures):
-        """Add a row; what is not finite becomes null, since JSON has no other word for it."""
+        """Add a row; a figure that is not finite becomes null, the nearest word that JSON has."""
         row = {"step": step, "split": split, **figures, "seconds": time.time() - self.start}
-        numbers = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
-        row = {k: None if isinstance(v, float) else v for k, v in row.items()} | numbers
+        row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         if RANK == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             if split == "eval" or step % self.every == 0:
-                self.track({f"{split}/{name}": v for name, v in numbers.items()}, step=step)
+                self.track({f"{split}/{k}": v for k, v in row.items() if isinstance(v, float)}, step)
 
 
 def evaluate(setup, config, logps=None):
@@ -794,12 +783,10 @@ def train(setup, config, folder):
             bar.update(pairs[step - 1])
             lost = lost + 1 if "skipped" in figures else 0
             if lost:
-                say(f"Step {step}: loss or gradient is not finite, update skipped; records "
-                    f"{figures['skipped']}")
+                say(f"Step {step} skipped: not finite, with records {figures['skipped']}")
             if lost == 3:
-                raise TrainingError(
-                    "three steps in a row had a loss or gradient that is not finite. Lower lr or set "
-                    f"dtype=float32; the last good checkpoint is in {folder / 'checkpoints'}")
+                raise TrainingError("three steps in a row had a loss or gradient that is not finite. "
+                                    "Lower lr, or set dtype=float32")
             ends = {name: step == len(order) or every and step % every == 0 for name, every in (
                 ("eval", config.eval_every), ("save", config.save_every))}
             if setup.pairs["eval"] and ends["eval"]:
@@ -831,7 +818,7 @@ def draw_curves(metrics):
     """curves.png beside metrics.jsonl: training smoothed, evaluation with 95 % intervals."""
     import pandas
 
-    trained, held_out = (pandas.DataFrame(read_metrics(metrics, s)) for s in ("train", "eval"))
+    trained, held_out = (pandas.DataFrame(read_rows(metrics, s)) for s in ("train", "eval"))
     panels = []
     for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
                   "rewards/chosen rewards/rejected"):
@@ -902,28 +889,26 @@ def compare(held_out):
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
     metrics = folder / "metrics.jsonl"
-    trained, evaluation = read_metrics(metrics, "train"), compare(read_metrics(metrics, "eval"))
+    trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.device.startswith("cuda"):
         memory = torch.cuda.max_memory_allocated()
     rate, share = (sorted(row[name] for row in trained)[len(trained) // 2] for name in SHOWN[-2:])
-    facts = [*describe_data(setup, config), *setup.facts["stand_ins"],
-             f"{trained[-1]['seconds']:.0f} s since the reference pass began, {memory / 1e9:.1f} GB",
+    speed = [f"{trained[-1]['seconds']:.0f} s since the reference pass began, {memory / 1e9:.1f} GB",
              f"median of {rate:.0f} tokens/s, {share:.0%} of a matrix product's measured peak",
              f"{sum('skipped' in row for row in trained)} updates skipped"]
-    settings = markdown(("setting", "value"), [
-        (name, value) for name, value in asdict(config).items()
-        if name in ("model", "dataset", "beta", "lr") or value != getattr(Config, name)])
+    facts = "\n".join([*describe_data(setup, config), *setup.facts["stand_ins"], *speed])
     quote = lambda text: "\n".join(f"> {line}" for line in text.splitlines() or [""])
-    answers = zip(setup.pairs["eval"] or setup.pairs["train"], setup.answers,
-                  sample_answers(setup, config.sample_prompts), strict=False)
     samples = "\n\n---\n\n".join(
         f"Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\nReference\n\n{quote(before)}"
-        f"\n\nTrained\n\n{quote(after)}" for pair, before, after in answers)
-    body = f"{evaluation}\n\n{settings}\n\n```\n{chr(10).join(facts)}\n```\n"
+        f"\n\nTrained\n\n{quote(after)}" for pair, before, after in zip(
+            setup.pairs["eval"] or setup.pairs["train"], setup.answers,
+            sample_answers(setup, config.sample_prompts), strict=False))
+    body = (f"{evaluation}\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}```\n\n"
+            f"```\n{facts}\n```\n")
     card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
-            f"tags: [dpo]\n---\n{Path(config.model).name}, aligned with Direct Preference "
-            f"Optimization (arXiv 2305.18290). The base model's licence applies.\n\n{body}")
+            f"tags: [dpo]\n---\nAligned with Direct Preference Optimization (arXiv 2305.18290). The "
+            f"base model's licence applies.\n\n{body}")
     if RANK == 0:
         draw_curves(metrics)
         write_atomically(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{body}"
@@ -931,7 +916,7 @@ def finish(setup, config, folder):
     save_model(setup, config, folder, card)
     if RANK == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say("\n".join(("", evaluation, "", *facts[-3:], f"Model and report are in {folder}")))
+    say("\n".join(("", evaluation, "", *speed, f"Model and report are in {folder}")))
 
 
 def memory_estimate(parameters, trained, activations, config, processes=1):
@@ -976,7 +961,7 @@ def summarize_sweep(configs, varied):
     import pandas
 
     rows = [{name: getattr(config, name) for name in varied} | row for config in configs
-            for row in read_metrics(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
+            for row in read_rows(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
     if not rows:
         return
     folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
@@ -1072,8 +1057,8 @@ def main(arguments=None):
         say(f"Error: {error}" + f". Type: pip install {getattr(error, 'name', '')}" * isinstance(
             error, ImportError))
         return 2
-    except (TrainingError, OSError) as error:
-        say(f"Stopped: {error}")
+    except (TrainingError, OSError, dcp.api.CheckpointException) as error:
+        say(f"Stopped: {error}\nEarlier checkpoints are intact: the same command goes on from them.")
     except (MemoryError, RuntimeError) as error:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
