@@ -120,8 +120,8 @@ def open_source(name, kind, stand_ins, load):
         if name not in (stand_ins or {}):
             raise InputError(
                 f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub "
-                f"is out of reach. Give a local path ({kind}=path), go online, or map the name to "
-                f"a local stand-in under `offline:` in the config. ({first_line(error)})") from error
+                f"is out of reach. Give a local path ({kind}=path), go online, or map the name to a"
+                f" local stand-in under `offline:` in the config. ({first_line(error)})") from error
     stand_in = stand_ins[name]
     print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
     if not stand_in.startswith(PACKAGE) and not os.path.exists(stand_in):
@@ -255,14 +255,11 @@ def to_messages(record):
 def _turns(value, role):
     """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    try:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-        if all(t["role"] in ("system", "user", "assistant") and isinstance(t["content"], str)
-               for t in turns):
-            return turns
-    except (TypeError, KeyError):
-        pass  # no list of turns: the Drop below says so
-    raise Drop("malformed: neither text nor a list of {role, content}")
+    if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+            and isinstance(turn.get("content"), str) for turn in turns):
+        raise Drop("malformed: neither text nor a list of {role, content}")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _dialogue(text):

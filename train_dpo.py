@@ -53,9 +53,10 @@ WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "reference_cache", "offline"}
 SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
-                      "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
+                      "weight_decay", "max_grad_norm", "save_dtype", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
+LN_2 = math.log(2)
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
 
@@ -104,11 +105,6 @@ class Config:
     dtype: str = setting("auto", choices=("auto", *DTYPES))
     device: str = "auto"
     activation_checkpointing: bool = False
-    lora_r: int = setting(0, 0)
-    lora_alpha: float = setting(16.0, 0)
-    lora_dropout: float = setting(0.0, 0, 0.99)
-    lora_target_modules: str = "all-linear"
-    lora_merge: bool = False
     output_dir: str = "runs/beta{beta}_lr{lr}"
     logging_every: int = setting(1, 1)
     eval_every: int = setting(50, 0)
@@ -199,12 +195,6 @@ def note_signal(number, frame):
     signal.signal(number, signal.SIG_DFL)
 
 
-def check_signal():
-    """Raise Interrupted if SIGINT or SIGTERM has arrived."""
-    if _signals:
-        raise Interrupted(_signals[0])
-
-
 def resolve_machine(config):
     """The config with device and dtype decided: bfloat16 only where it is the faster one."""
     device, dtype, cpu = config.device, config.dtype, torch.cpu.get_capabilities()
@@ -216,8 +206,8 @@ def resolve_machine(config):
                 device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: {data.first_line(error)}") from error
-    dtype = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
-    return replace(config, device=device, dtype=dtype)
+    automatic = "bfloat16" if fast else "float32"
+    return replace(config, device=device, dtype=automatic if dtype == "auto" else dtype)
 
 
 def load_model(config):
@@ -227,11 +217,11 @@ def load_model(config):
     raises   InputError if it cannot be had or is no causal language model
     """
     def load(path):
-        options, gguf = {"trust_remote_code": config.trust_remote_code}, {}
+        options, gguf = {"revision": config.revision or "main"}, {}
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             gguf["quantization_config"] = GgufConfig(dequantize=True)
-        options["revision"] = config.revision or "main"
+        options["trust_remote_code"] = config.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         return tokenizer, AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, **options, **gguf)
@@ -328,25 +318,11 @@ def choose_layout(model, pairs, tolerance=1e-3):
     return shared
 
 
-def add_adapter(model, config):
-    """Inject a LoRA adapter into the model's layers; returns peft's wrapper, which saves it."""
-    import peft
-
-    names = [name.strip() for name in config.lora_target_modules.split(",")]
-    options = peft.LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=names[0] if names == ["all-linear"] else names, task_type="CAUSAL_LM")
-    try:
-        return peft.get_peft_model(model, options)
-    except ValueError as error:
-        raise InputError(f"lora_target_modules {config.lora_target_modules}: {error}") from error
-
-
 def place_weights(model, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    Where the compute dtype is another, each trained weight keeps a float32 copy, which the
-    optimizer updates and in which its gradients add up. An adapter's weights are always float32.
+    Where the compute dtype is another, each weight keeps a float32 copy, which the optimizer
+    updates and in which its gradients add up.
 
     returns  weights by name, as the optimizer updates them, and (parameter, weights) copies
     """
@@ -354,17 +330,12 @@ def place_weights(model, config):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    weights, copies, dtype = {}, [], DTYPES[config.dtype]
-    for name, parameter in model.to(config.device).named_parameters():
-        weight = parameter.data
-        if not (parameter.requires_grad and config.lora_r):
-            parameter.data = weight.to(dtype)
-        if parameter.requires_grad:
-            weights[name] = parameter
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            weights[name] = weight = nn.Parameter(weight)
-            parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
-            copies.append((parameter, weight))
+    weights, copies = dict(model.to(config.device).named_parameters()), []
+    for name, parameter in weights.items() if config.dtype != "float32" else ():
+        weights[name] = weight = nn.Parameter(parameter.data)
+        parameter.data = weight.data.to(DTYPES[config.dtype])
+        parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
+        copies.append((parameter, weight))
     return weights, copies
 
 
@@ -382,7 +353,8 @@ def compute_logps(setup, split, config, title):
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
             logps[row.pairs] = answers.view(-1, 2).float().cpu()
             bar.update(len(row.pairs))
-            check_signal()
+            if _signals:
+                raise Interrupted(_signals[0])
     return logps
 
 
@@ -402,8 +374,7 @@ def reference_logps(setup, config):
     if path.exists():
         say(f"Reference log-probabilities: read from {path}")
         return load_file(path)
-    with setup.adapter.disable_adapter() if setup.adapter else contextlib.nullcontext():
-        found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
+    found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
     if config.reference_cache:
         write_atomically(path, lambda temporary: save_file(found, temporary))
     return found
@@ -413,7 +384,7 @@ def prepare(config, dry=False):
     """Load model and pairs, lay out rows, and compute the reference's log-probabilities.
 
     returns  what the runs of a sweep share, as attributes:
-        model, tokenizer, policy (AnswerLogps), adapter (peft's wrapper of the model, or None)
+        model, tokenizer, policy (AnswerLogps)
         weights, copies   as from place_weights
         pairs, steps      "train" and "eval" -> list of data.Pair; list of steps, lists of data.Row
         reference         "train" and "eval" -> (pairs, 2) log-probabilities; not in a dry run
@@ -426,8 +397,6 @@ def prepare(config, dry=False):
     facts = {"drops": drops, "weights": digest_tensors(model.state_dict()),
              "stand_ins": stand_ins + [f"{config.model} -> {stand_in}"] * bool(stand_in)}
     policy = AnswerLogps(model, choose_layout(model, train + held_out))
-    torch.manual_seed(config.seed)
-    adapter = add_adapter(model, config) if config.lora_r else None
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     weights, copies = place_weights(model, config)
@@ -436,8 +405,8 @@ def prepare(config, dry=False):
     steps = {split: [[data.make_row(part, indices, config.device) for indices in rows] for rows in
                      data.group_into_steps(part, per_step, longest)]
              for split, part in pairs.items()}
-    setup = SimpleNamespace(model=model, tokenizer=tokenizer, policy=policy, adapter=adapter,
-                            weights=weights, copies=copies, pairs=pairs, steps=steps, facts=facts)
+    setup = SimpleNamespace(model=model, tokenizer=tokenizer, policy=policy, weights=weights,
+                            copies=copies, pairs=pairs, steps=steps, facts=facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
         start = time.time()
@@ -467,10 +436,9 @@ def describe_data(setup, config):
 def sample_answers(setup, config):
     """Greedy answers to the first held-out prompts (training prompts if none is held out)."""
     end, answers = data.PairTokenizer(setup.tokenizer).end_of_turn, []
-    setup.model.eval()
     for pair in (setup.pairs["eval"] or setup.pairs["train"])[: config.sample_prompts]:
         ids = torch.tensor([pair.prompt_ids], device=setup.model.device)
-        answer = setup.model.generate(
+        answer = setup.model.eval().generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False,
             temperature=None, top_p=None, top_k=None, eos_token_id=end, pad_token_id=end)[0]
         answers.append(setup.tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True))
@@ -569,7 +537,7 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
 
 
 def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; its step (0: none), seconds."""
+    """Fill weights and optimizer from the newest undamaged checkpoint; returns step, seconds."""
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             with safe_open(path, "pt") as file:
@@ -655,7 +623,6 @@ def train(setup, config, folder):
     with progress("training", sum(pairs), sum(pairs[:first])) as bar:
         for step, index in enumerate(order[first:], first + 1):
             begin, last = time.time(), step == len(order)
-            torch.manual_seed(config.seed + step)  # lora_dropout's; no state to save
             rate = learning_rate(step - 1, len(order), config)
             figures = train_step(setup, config, steps[index], optimizer, rate)
             figures["tokens_per_second"] = figures["tokens"] / (time.time() - begin)
@@ -663,7 +630,7 @@ def train(setup, config, folder):
             shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
             left = (time.time() - began) / (step - first) * (len(order) - step)
             if step == 1:
-                say(f"First loss {figures['loss']:.6f}, {figures['loss'] - math.log(2):.0e} off ln 2")
+                say(f"First loss {figures['loss']:.6f}; minus ln 2: {figures['loss'] - LN_2:.0e}")
             if step % config.logging_every == 0:
                 bar.set_postfix_str(shown, refresh=False)
             if bar.disable and step * 20 // len(order) > (step - 1) * 20 // len(order):
@@ -673,15 +640,15 @@ def train(setup, config, folder):
             if lost:
                 say(f"Step {step} skipped: not finite, with records {figures['skipped']}")
             if lost == 3:
-                raise TrainingError("loss or gradient was not finite in three steps in a row. Lower "
-                                    "lr, or set dtype=float32.")
+                raise TrainingError("not finite in three steps running: lower lr or take float32")
             if setup.pairs["eval"] and (last or step % (config.eval_every or step + 1) == 0):
                 log_row(path, step, "eval", evaluate(setup, config), start)
             if _signals or not lost and (last or step % (config.save_every or step + 1) == 0):
                 save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step,
                                 time.time() - start)
                 draw_curves(path)
-            check_signal()
+            if _signals:
+                raise Interrupted(_signals[0])
 
 
 def draw(path, panels, size):
@@ -706,7 +673,7 @@ def draw_curves(metrics):
     panels, x = [], {"x": trained["step"]}
     for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
                   "rewards/chosen rewards/rejected"):
-        lines = [x | {"y": x["x"] * 0 + math.log(2), "fmt": "k:", "label": "ln 2"}] * (title == "loss")
+        lines = [x | {"y": x["x"] * 0 + LN_2, "fmt": "k:", "label": "ln 2"}] * (title == "loss")
         for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
             smooth = trained[name].rolling(1 + len(trained) // 20, min_periods=1).mean()
             lines += [x | {"y": trained[name], "color": color, "alpha": 0.25, "linewidth": 0.8},
@@ -722,24 +689,14 @@ def draw_curves(metrics):
 @torch.no_grad()
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    temporary, model, merge = folder / "model.tmp", setup.model, config.lora_merge and config.lora_r
-    state = {name: setup.weights.get(name, p).float() for name, p in model.named_parameters()}
-    for name, module in model.named_modules() if merge else ():
-        if hasattr(module, "get_delta_weight"):
-            state[f"{name}.base_layer.weight"] += module.get_delta_weight("default").float()
-    state = {name: value.to(DTYPES[config.save_dtype]) for name, value in state.items()}
+    temporary, model, dtype = folder / "model.tmp", setup.model, DTYPES[config.save_dtype]
     shutil.rmtree(temporary, ignore_errors=True)
-    if setup.adapter and not merge:
-        state = {f"base_model.model.{name}": value for name, value in state.items()}
-        setup.adapter.save_pretrained(temporary, state_dict=state)
-    else:
-        end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
-        known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
-        ends.eos_token_id = end if known in ([end], [None]) else sorted({end, *known})
-        model.save_pretrained(temporary, state_dict={
-            k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k})
-        model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
-        model.config.save_pretrained(temporary)
+    end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
+    known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
+    ends.eos_token_id = end if known in ([end], [None]) else sorted({end, *known})
+    model.save_pretrained(temporary, state_dict={n: w.to(dtype) for n, w in setup.weights.items()})
+    model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
+    model.config.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     os.sync()
@@ -794,16 +751,15 @@ def finish(setup, config, folder):
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
 
-def memory_estimate(parameters, trained, activations, config):
+def memory_estimate(weights, activations, config):
     """Bytes a run needs: weights, float32 gradients and AdamW moments, activations.
 
-    parameters, trained  numbers of weights in all and to train
-    activations          tokens of the longest row times hidden size times layers
+    weights      their number
+    activations  tokens of the longest row times hidden size times layers
     """
     size = DTYPES[config.dtype].itemsize
-    copies = size if size < 4 and not config.lora_r else 0
     kept = activations * size * (1 if config.activation_checkpointing else 30)
-    return 0.8e9 + (parameters - trained) * size + trained * (copies + 16) + kept
+    return 0.8e9 + weights * (16 + size * (size < 4)) + kept
 
 
 def dry_run(setup, config):
@@ -824,10 +780,8 @@ def dry_run(setup, config):
     per_token = (time.time() - start) / len(middle.input_ids)
     passes = rows * (1 + 3 * config.epochs) + all_rows(setup, "eval") * 2
     minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
-    memory = memory_estimate(
-        sum(p.numel() for p in setup.model.parameters()),
-        sum(weight.numel() for weight in setup.weights.values()),
-        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers, config)
+    activations = len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers
+    memory = memory_estimate(setup.model.num_parameters(), activations, config)
     say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
@@ -837,13 +791,11 @@ def summarize_sweep(configs, varied):
 
     rows = [{name: getattr(config, name) for name in varied} | row for config in configs
             for row in read_rows(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
-    if not rows:
-        return
     folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
     frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
     shown = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
-    say(markdown(shown, shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
+    say(markdown(list(shown), shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
     x = "lr" if "lr" in varied else varied[0]
     others = [name for name in varied if name != x] or ["split"]
     draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
@@ -860,13 +812,6 @@ def claim(folder, config, overwrite):
     raises   InputError if another process holds it, or an unfinished run has other settings
     """
     path, fresh = folder / "config.yaml", asdict(config)
-    unfinished = (folder / "checkpoints").exists() and not overwrite
-    old = yaml.safe_load(path.read_text()) if unfinished else {}
-    changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
-               if name in fresh.keys() - HARMLESS and value != fresh[name]]
-    if changed:
-        raise InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. Set that "
-                         "back, give another output_dir, or add --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")  # noqa: SIM115
     try:
@@ -875,6 +820,12 @@ def claim(folder, config, overwrite):
         raise InputError(f"another process is training in {folder}") from None
     for name in ("checkpoints", "model") if overwrite else ():
         shutil.rmtree(folder / name, ignore_errors=True)
+    old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
+    changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
+               if name in fresh.keys() - HARMLESS and value != fresh[name]]
+    if changed:
+        raise InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. Set it "
+                         "back, give another output_dir, or add --overwrite.")
     write_atomically(path, lambda temporary: temporary.write_text(yaml.safe_dump(fresh)))
     return lock
 
@@ -899,7 +850,7 @@ def run(configs, varied, options):
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)
             finish(setup, config, folder)
-    if varied:
+    if varied and configs[0].eval_pairs:
         summarize_sweep(configs, varied)
 
 
@@ -925,13 +876,12 @@ def main(arguments=None):
     except Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
         return 128 + stop.args[0]
-    except (InputError, ImportError) as error:
-        say(f"Error: {error}" + f". Type: pip install {getattr(error, 'name', '')}" * isinstance(
-            error, ImportError))
+    except InputError as error:
+        say(f"Error: {error}")
         return 2
     except (MemoryError, torch.OutOfMemoryError):
-        say("Stopped: out of memory. Lower batch_size or max_length, set activation_checkpointing="
-            "true, or train an adapter with lora_r=16.")
+        say("Stopped: out of memory. Lower batch_size, max_length or max_prompt_length, or set "
+            "activation_checkpointing=true")
     except (TrainingError, OSError, SafetensorError) as error:
         say(f"Stopped: {error}\nThe last checkpoint is intact; the same command goes on from it.")
     return 1
