@@ -128,7 +128,7 @@ def check_setting(spec, kind, value):
         number = kind in (int, float) and not isinstance(value, bool)
         if number and kind(value) == float(value):
             value = kind(value)
-        if (isinstance(value, kind) and (value in rule["choices"] or not rule["choices"])
+        if (type(value) is kind and (value in rule["choices"] or not rule["choices"])
                 and (not number or rule["low"] <= value <= rule["high"])):
             return value
     except (ValueError, TypeError, OverflowError):
@@ -144,14 +144,14 @@ def read_config(path, overrides=()):
     raises   InputError for a file, a name or a value that is not right
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
+        settings = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {})
         for name, _, value in (override.partition("=") for override in overrides):
             settings[name] = yaml.safe_load(value)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"config {path} is no readable `name: value` list: {error}") from error
     specs, kinds = {spec.name: spec for spec in fields(Config)}, typing.get_type_hints(Config)
     choices, configs = {}, []
-    for name, value in dict(settings).items():
+    for name, value in settings.items():
         if name not in specs:
             near = difflib.get_close_matches(str(name), specs, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else "--help lists all of them"
@@ -675,12 +675,13 @@ def draw_curves(metrics):
                   "rewards/chosen rewards/rejected"):
         lines = [x | {"y": x["x"] * 0 + LN_2, "fmt": "k:", "label": "ln 2"}] * (title == "loss")
         for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
-            smooth = trained[name].rolling(1 + len(trained) // 20, min_periods=1).mean()
+            window = 1 if name == "lr" else 1 + len(trained) // 20
+            smooth = trained[name].rolling(window, min_periods=1).mean()
             lines += [x | {"y": trained[name], "color": color, "alpha": 0.25, "linewidth": 0.8},
                       x | {"y": smooth, "color": color, "label": f"{name}, training, smoothed"}]
             if f"{name}/ci95" in held_out:
                 lines.append({"x": held_out["step"], "y": held_out[name], "fmt": "o--", "mfc": "w",
-                              "yerr": held_out[f"{name}/ci95"], "color": color,
+                              "yerr": held_out[f"{name}/ci95"].astype(float), "color": color,
                               "label": f"{name}, held out"})
         panels.append((title.replace(" ", ", "), "optimizer step", lines))
     draw(metrics.with_name("curves.png"), panels, (12, 6.5))
@@ -714,6 +715,7 @@ def compare(held_out):
     changed, rows = [], []
     for name in ("loss", "rewards/margins", "rewards/accuracies") if held_out else ():
         before, after, half = held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"]
+        half = math.nan if half is None else half  # there was one pair only
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
@@ -799,8 +801,8 @@ def summarize_sweep(configs, varied):
     x = "lr" if "lr" in varied else varied[0]
     others = [name for name in varied if name != x] or ["split"]
     draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
-        {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"], "marker": "o",
-         "label": ", ".join(map(str, (*others, *label)))}
+        {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"].astype(float),
+         "marker": "o", "label": ", ".join(map(str, (*others, *label)))}
         for label, part in frame.sort_values(x).groupby(others)]) for name in names], (11, 4))
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
