@@ -56,7 +56,6 @@ SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup
                       "weight_decay", "max_grad_norm", "save_dtype", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
-LN_2 = math.log(2)
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
 
 
@@ -124,15 +123,13 @@ def check_setting(spec, kind, value):
     if value is None and type(None) in typing.get_args(kind):
         return None
     kind, rule = (*typing.get_args(kind), kind)[0], spec.metadata or setting(None).metadata
-    try:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # no number: told below
         number = kind in (int, float) and not isinstance(value, bool)
         if number and kind(value) == float(value):
             value = kind(value)
         if (type(value) is kind and (value in rule["choices"] or not rule["choices"])
                 and (not number or rule["low"] <= value <= rule["high"])):
             return value
-    except (ValueError, TypeError, OverflowError):
-        pass  # not a number: the error below says so
     wanted = WANTED[kind].format(**rule) if not rule["choices"] else ", ".join(rule["choices"])
     raise InputError(f"{spec.name} must be {wanted}, not {value!r}")
 
@@ -353,7 +350,7 @@ def compute_logps(setup, split, config, title):
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
             logps[row.pairs] = answers.view(-1, 2).float().cpu()
             bar.update(len(row.pairs))
-            if _signals:
+            if _signals and title.startswith("reference"):  # in training the step is saved first
                 raise Interrupted(_signals[0])
     return logps
 
@@ -371,9 +368,10 @@ def reference_logps(setup, config):
             for row in all_rows(setup, split)]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
-    if path.exists():
+    with contextlib.suppress(SafetensorError, OSError):  # there is none, or a damaged one
+        found = load_file(path)
         say(f"Reference log-probabilities: read from {path}")
-        return load_file(path)
+        return found
     found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
     if config.reference_cache:
         write_atomically(path, lambda temporary: save_file(found, temporary))
@@ -529,7 +527,8 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
     raises         OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
     tensors = checkpoint_tensors(weights, optimizer)
-    notes = {"step": str(step), "seconds": str(seconds), "digest": digest_tensors(tensors)}
+    tensors["position"] = torch.tensor([step, seconds], dtype=torch.float64)
+    notes = {"digest": digest_tensors(tensors)}
     write_atomically(folder / f"step_{step:07d}.safetensors",
                      lambda temporary: save_file(tensors, temporary, notes))
     for old in sorted(folder.glob("*.safetensors"))[:-2]:
@@ -541,15 +540,16 @@ def load_checkpoint(folder, weights, optimizer):
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         try:
             with safe_open(path, "pt") as file:
-                notes, saved = file.metadata(), load_file(path)
-            if notes["digest"] != digest_tensors(saved):
+                digest, saved = file.metadata()["digest"], load_file(path)
+            if digest != digest_tensors(saved):
                 raise ValueError("its tensors are not those that were saved")
             for name, tensor in checkpoint_tensors(weights, optimizer).items():
                 tensor.copy_(saved[name])
             say(f"Resuming from {path}")
-            return int(notes["step"]), float(notes["seconds"])
+            return int(saved["position"][0]), saved["position"][1].item()
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             say(f"Warning: {path} is damaged ({error}); the one before it is tried")
+            path.unlink()  # it would count as one of the two to keep
     return 0, 0.0
 
 
@@ -572,8 +572,7 @@ def log_row(path, step, split, figures, start):
 
 def evaluate(setup, config, logps=None):
     """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
-    if logps is None:
-        logps = compute_logps(setup, "eval", config, "evaluation")
+    logps = compute_logps(setup, "eval", config, "evaluation") if logps is None else logps
     return summarize(score(logps, setup.reference["eval"], config)[1], intervals=True)
 
 
@@ -630,7 +629,7 @@ def train(setup, config, folder):
             shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
             left = (time.time() - began) / (step - first) * (len(order) - step)
             if step == 1:
-                say(f"First loss {figures['loss']:.6f}; minus ln 2: {figures['loss'] - LN_2:.0e}")
+                say(f"First loss minus ln 2: {figures['loss'] - math.log(2):.0e}")
             if step % config.logging_every == 0:
                 bar.set_postfix_str(shown, refresh=False)
             if bar.disable and step * 20 // len(order) > (step - 1) * 20 // len(order):
@@ -673,7 +672,7 @@ def draw_curves(metrics):
     panels, x = [], {"x": trained["step"]}
     for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
                   "rewards/chosen rewards/rejected"):
-        lines = [x | {"y": x["x"] * 0 + LN_2, "fmt": "k:", "label": "ln 2"}] * (title == "loss")
+        lines = [x | {"y": x["x"] * 0 + 0.6931, "fmt": "k:", "label": "ln 2"}] * (title == "loss")
         for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
             window = 1 if name == "lr" else 1 + len(trained) // 20
             smooth = trained[name].rolling(window, min_periods=1).mean()
@@ -726,9 +725,8 @@ def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
     metrics = folder / "metrics.jsonl"
     trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if config.device.startswith("cuda"):
-        memory = torch.cuda.max_memory_allocated()
+    memory = (torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     rate = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
     speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began, at a median of "
              f"{rate:.0f} tokens/s; {memory / 1e9:.1f} GB at most; "
@@ -753,17 +751,6 @@ def finish(setup, config, folder):
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
 
-def memory_estimate(weights, activations, config):
-    """Bytes a run needs: weights, float32 gradients and AdamW moments, activations.
-
-    weights      their number
-    activations  tokens of the longest row times hidden size times layers
-    """
-    size = DTYPES[config.dtype].itemsize
-    kept = activations * size * (1 if config.activation_checkpointing else 30)
-    return 0.8e9 + weights * (16 + size * (size < 4)) + kept
-
-
 def dry_run(setup, config):
     """Print the first pair as the model sees it, and what a run would take."""
     pair, decode, shape = setup.pairs["train"][0], setup.tokenizer.decode, setup.model.config
@@ -782,8 +769,10 @@ def dry_run(setup, config):
     per_token = (time.time() - start) / len(middle.input_ids)
     passes = rows * (1 + 3 * config.epochs) + all_rows(setup, "eval") * 2
     minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
-    activations = len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers
-    memory = memory_estimate(setup.model.num_parameters(), activations, config)
+    # weights, float32 gradients and AdamW's moments; then the longest row's activations
+    size, kept = DTYPES[config.dtype].itemsize, 1 if config.activation_checkpointing else 30
+    memory = 0.8e9 + setup.model.num_parameters() * (16 + size * (size < 4)) + (
+        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers * size * kept)
     say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
@@ -796,8 +785,8 @@ def summarize_sweep(configs, varied):
     folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
     frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
-    shown = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
-    say(markdown(list(shown), shown.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
+    best = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
+    say(markdown(list(best), best.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
     x = "lr" if "lr" in varied else varied[0]
     others = [name for name in varied if name != x] or ["split"]
     draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
@@ -820,8 +809,10 @@ def claim(folder, config, overwrite):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"another process is training in {folder}") from None
-    for name in ("checkpoints", "model") if overwrite else ():
+    for name in ("checkpoints", "model.tmp") if overwrite else ():
         shutil.rmtree(folder / name, ignore_errors=True)
+    if overwrite and (folder / "model").exists():
+        os.replace(folder / "model", folder / "model.tmp")  # half a model would count as finished
     old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
     changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
                if name in fresh.keys() - HARMLESS and value != fresh[name]]
@@ -838,6 +829,7 @@ def run(configs, varied, options):
     for config in configs:
         folder = Path(config.output_dir)
         if (folder / "model").exists() and not (options.overwrite or options.dry_run):
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have left them
             say(f"{folder} is finished. Add --overwrite to train it anew.")
             continue
         key = {name: value for name, value in asdict(config).items() if name not in SHARING}
@@ -881,11 +873,13 @@ def main(arguments=None):
     except InputError as error:
         say(f"Error: {error}")
         return 2
-    except (MemoryError, torch.OutOfMemoryError):
-        say("Stopped: out of memory. Lower batch_size, max_length or max_prompt_length, or set "
-            "activation_checkpointing=true")
     except (TrainingError, OSError, SafetensorError) as error:
         say(f"Stopped: {error}\nThe last checkpoint is intact; the same command goes on from it.")
+    except (MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words
+            raise
+        say("Stopped: out of memory. Lower batch_size, max_length or max_prompt_length, or set "
+            "activation_checkpointing=true")
     return 1
 
 

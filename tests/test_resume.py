@@ -1,0 +1,755 @@
+"""Nothing can lose a run: kills, signals, damage, full disks, bad numbers, and what is never read.
+
+Most of a run's time is importing libraries, so the runs here are forks: run as a program, this file
+is a nursery that imports train_dpo once and then forks a `train_dpo.main(...)` for each request.
+"""
+
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+STEPS, SAVE_EVERY = 10, 2
+PHASES = {"prepare": "preparing", "train": "training", "evaluate": "evaluation",
+          "save_checkpoint": "checkpoint", "finish": "finishing", "save_model": "model"}
+WORDS = [a + b for a in "bdfklmnprst" for b in ("a", "e", "i", "o", "u")]
+TIMES = ("seconds", "tokens_per_second", "peak_share")
+
+
+def make_model(folder, hidden=32, seed=0):
+    """A random Llama of two layers with a word tokenizer and ChatML template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|end|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    words = [*special, "user", "assistant", "system", *WORDS]
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", unk_token="<unk>", pad_token="<|end|>",
+        additional_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|> ' + m['role'] + ' ' + m['content'] + "
+        "' <|im_end|> ' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|> assistant ' }}{% endif %}")
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None,
+        eos_token_id=2, pad_token_id=0, max_position_embeddings=256, initializer_range=0.2))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_pairs(path, count, seed=0):
+    """So many preferences between sentences of random words."""
+    draw = random.Random(seed)
+    text = lambda low, high: " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+    path.write_text("".join(json.dumps({
+        "prompt": f"{text(3, 9)} {WORDS[i % 55]} {WORDS[i // 55]}", "chosen": text(2, 12),
+        "rejected": text(2, 12)}) + "\n" for i in range(count)))
+
+
+def write_config(folder, **settings):
+    """Model, pairs and config.yaml in a folder; returns the config's path."""
+    make_model(folder / "model")
+    make_pairs(folder / "train.jsonl", settings.get("train_pairs", STEPS))
+    make_pairs(folder / "eval.jsonl", 4, seed=1)
+    defaults = {
+        "model": str(folder / "model"), "dataset": str(folder / "train.jsonl"),
+        "eval_dataset": str(folder / "eval.jsonl"), "train_pairs": STEPS, "eval_pairs": 4,
+        "epochs": 2, "lr": 1e-3, "warmup_ratio": 0.2, "dtype": "float32", "device": "cpu",
+        "eval_every": 5, "save_every": SAVE_EVERY, "sample_prompts": 1, "output_dir": "run",
+        "reference_cache": str(folder / "cache")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(defaults | settings))
+    return folder / "config.yaml"
+
+
+def kill_at_event(train_dpo, number):
+    """SIGKILL right before (even number) or after (odd) a call that writes, renames or removes."""
+    import transformers.modeling_utils
+
+    seen = [0]
+
+    def wrap(module, name):
+        original = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            for turn in range(2):
+                if seen[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen[0] += 1
+                result = result if turn else original(*args, **kwargs)  # noqa: F821
+            return result
+
+        setattr(module, name, wrapped)
+
+    for name in ("replace", "fsync", "sync", "mkdir", "unlink"):
+        wrap(os, name)
+    wrap(shutil, "rmtree")
+    wrap(train_dpo, "save_file")
+    wrap(transformers.modeling_utils, "safe_save_file")
+
+
+def around_call(train_dpo, name, number, before, after=lambda: None):
+    """Do something before the number-th call (from 1) of a function of train_dpo, and after it."""
+    original, calls = getattr(train_dpo, name), [0]
+
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] != number:
+            return original(*args, **kwargs)
+        before()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            after()
+
+    setattr(train_dpo, name, wrapped)
+
+
+def signal_at(train_dpo, name, call, number):
+    """A signal to the run itself at the begin of the call-th call of a function."""
+    around_call(train_dpo, name, call, lambda: os.kill(os.getpid(), number))
+
+
+def kill_within_file(train_dpo, name, call, size):
+    """The kernel kills where a file grows beyond `size` in the call-th call of a function."""
+    full_disk(train_dpo, name, call, size, signal.SIG_DFL)
+
+
+def limit_files(size, action=signal.SIG_IGN):
+    """No file may grow beyond `size` bytes: an error, or with SIG_DFL a kill by the kernel."""
+    signal.signal(signal.SIGXFSZ, action)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def full_disk(train_dpo, name, call, size, action=signal.SIG_IGN):
+    """No file may grow beyond `size` bytes during the call-th call of a function."""
+    around_call(train_dpo, name, call, lambda: limit_files(size, action),
+                lambda: limit_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def torn_row(train_dpo, number, size, action=signal.SIG_IGN):
+    """No file may grow beyond what metrics.jsonl has before its number-th row, and `size` bytes."""
+    count, original = [0], open
+
+    def opened(path, mode="r", *args, **kwargs):
+        file = original(path, mode, *args, **kwargs)
+        if str(path).endswith("metrics.jsonl") and "a" in mode:
+            count[0] += 1
+            if count[0] == number:
+                limit_files(os.path.getsize(path) + size, action)
+        return file
+
+    train_dpo.open = opened
+
+
+def out_of_memory(train_dpo, call, where):
+    """PyTorch's own error, of CUDA or of the CPU, at the call-th step."""
+    import torch
+
+    def fail():
+        if where == "cpu":
+            torch.empty(2**45)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    around_call(train_dpo, "train_step", call, fail)
+
+
+def not_finite(train_dpo, steps, where):
+    """A loss or a gradient that is nan in these calls of train_step; checks that weights stay."""
+    import torch
+
+    original_step, original_loss, calls = train_dpo.train_step, train_dpo.dpo_loss, [0]
+
+    def step(*args, **kwargs):
+        calls[0] += 1
+        optimizer = next(a for a in args if isinstance(a, torch.optim.Optimizer))
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        state = lambda: [t.clone() for w in weights for t in (w.data, *optimizer.state[w].values())]
+        before = state()
+        figures = original_step(*args, **kwargs)
+        same = all(map(torch.equal, before, state()))
+        print(f"call {calls[0]}: weights and moments {'unchanged' if same else 'changed'}",
+              flush=True)
+        return figures
+
+    def loss(policy_chosen_logps, *args, **kwargs):
+        losses, *rewards = original_loss(policy_chosen_logps, *args, **kwargs)
+        if policy_chosen_logps.requires_grad and calls[0] in steps:
+            if where == "loss":
+                losses = losses * float("nan")
+            else:
+                losses.register_hook(lambda grad: grad * float("nan"))
+        return losses, *rewards
+
+    train_dpo.train_step, train_dpo.dpo_loss = step, loss
+
+
+FAULTS = {fault.__name__: fault for fault in (
+    kill_at_event, kill_within_file, signal_at, full_disk, torn_row, out_of_memory, not_finite)}
+
+
+def nursery():
+    """Import the trainer once, then fork a run for each line of stdin and answer with its end."""
+    import pandas  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from matplotlib.figure import Figure
+
+    import train_dpo
+
+    # most of a tiny run would be drawing; the file is still written and renamed
+    Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(b"a picture")
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.close(reading)
+            _child(train_dpo, request, writing)
+        os.close(writing)
+        print(json.dumps(_watch(pid, reading, request["signal"])), flush=True)
+        os.close(reading)
+
+
+def _child(train_dpo, request, writing):
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
+    stack, code = ["starting"], 1
+    if request["fault"]:
+        name, *arguments = request["fault"]
+        FAULTS[name](train_dpo, *arguments)
+
+    def tell(name, original):
+        def told(*args, **kwargs):
+            stack.append(PHASES[name])
+            os.write(writing, f"+{stack[-1]}\n".encode())
+            try:
+                return original(*args, **kwargs)
+            finally:
+                stack.pop()
+                os.write(writing, f"-{stack[-1]}\n".encode())
+        return told
+
+    for name in PHASES:
+        setattr(train_dpo, name, tell(name, getattr(train_dpo, name)))
+    try:
+        code = train_dpo.main(request["argv"])
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _watch(pid, reading, plan):
+    """Send a signal so long after the run enters a phase for so-many-th time; returns its end.
+
+    plan  None or [signal, phase, entry (from 1), seconds]
+    """
+    deadline, phase, entries, lengths, entered = None, "starting", Counter(), {}, time.time()
+    while True:
+        wait = None if deadline is None else max(0, deadline - time.time())
+        if not select.select([reading], [], [], wait)[0]:
+            os.kill(pid, plan[0])
+            if plan[0] == signal.SIGSTOP:
+                return {"pid": pid}
+            deadline = None
+            continue
+        told = os.read(reading, 4096)
+        if not told:
+            break
+        for line in told.decode().splitlines():
+            now = time.time()
+            lengths[phase] = lengths.get(phase, 0) + now - entered
+            phase, entered = line[1:], now
+            entries[phase] += line[0] == "+"
+            if plan and [phase, entries[phase], "+"] == [plan[1], plan[2], line[0]]:
+                deadline = now + plan[3]
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    return {"code": code, "phase": phase, "lengths": lengths, "entries": entries}
+
+
+class Runner:
+    """Runs in folders of their own, forked by one nursery."""
+
+    def __init__(self, folder, **settings):
+        self.folder, self.config, self.names = folder, write_config(folder, **settings), Counter()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment)
+
+    def new(self, name="work", source=None):
+        """A new working folder, or a copy of another one."""
+        self.names[name] += 1
+        path = self.folder / f"{name}{self.names[name]}"
+        if source:
+            shutil.copytree(source, path)
+        else:
+            path.mkdir()
+        return path
+
+    def __call__(self, work, *arguments, fault=None, signal=None):
+        """Run the command in `work`; returns its end, with `text`, what it printed."""
+        log = work / "log.txt"
+        start = log.stat().st_size if log.exists() else 0
+        self.process.stdin.write(json.dumps({
+            "argv": ["--config", str(self.config), *arguments], "cwd": str(work), "log": str(log),
+            "fault": fault, "signal": signal}) + "\n")
+        self.process.stdin.flush()
+        end = json.loads(self.process.stdout.readline())
+        return end | {"text": log.read_text()[start:]}
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    runner = Runner(tmp_path_factory.mktemp("resume"))
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run):
+    """The folder of a run that nothing disturbed."""
+    work = run.new("undisturbed")
+    end = run(work)
+    assert end["code"] == 0, end["text"]
+    (run.folder / "lengths.json").write_text(json.dumps(end["lengths"]))
+    return work
+
+
+@pytest.fixture(scope="module")
+def unfinished(run):
+    """The folder of a run that SIGINT stopped after step 7, with the checkpoints of 6 and 7."""
+    work = run.new("unfinished")
+    end = run(work, fault=["signal_at", "train_step", 7, signal.SIGINT])
+    assert end["code"] == 130, end["text"]
+    assert checkpoints(work) == [6, 7]
+    return work
+
+
+def checkpoint_paths(work):
+    """Files or folders of the checkpoints by their step, oldest first."""
+    paths = (work / "run/checkpoints").glob("step_*")
+    steps = {int(re.search(r"\d+", path.name)[0]): path for path in paths if path.suffix != ".tmp"}
+    return dict(sorted(steps.items()))
+
+
+def checkpoints(work):
+    """The steps of which there is a checkpoint."""
+    return list(checkpoint_paths(work))
+
+
+def resumed(text):
+    """The step after which a run went on, by what it printed; 0 if it started anew."""
+    found = re.search(r"Resuming.*?step[_ ](\d+)", text)
+    return int(found[1]) if found else 0
+
+
+def rows(work):
+    """The rows of metrics.jsonl without the measured times."""
+    lines = (work / "run/metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def assert_same(work, undisturbed):
+    """The same weights to the byte, the same rows, every step once, and nothing left behind."""
+    names = [sorted(str(p.relative_to(w)) for p in (w / "run").rglob("*"))
+             for w in (work, undisturbed)]
+    assert names[0] == names[1]
+    for path in (undisturbed / "run/model").iterdir():
+        if path.name != "README.md":
+            assert path.read_bytes() == (work / "run/model" / path.name).read_bytes(), path.name
+    steps = [(row["split"], row["step"]) for row in rows(work)]
+    assert sorted(steps) == sorted(
+        [("train", step) for step in range(1, STEPS + 1)] + [("eval", s) for s in (0, 5, 10)])
+    assert rows(work) == rows(undisturbed)
+
+
+def draw_kill(draw, lengths, size):
+    """A random moment: at a file operation, within a file, or so long after a phase began.
+
+    lengths  seconds that each phase of an undisturbed run took in all
+    size     bytes of the model's file; a checkpoint has three times as many
+    """
+    kind, saves = draw.random(), draw.randint(1, 3)
+    if kind < 0.35:
+        return {"fault": ["kill_at_event", draw.randrange(70)]}
+    if kind < 0.5:
+        return {"fault": draw.choice([
+            ["kill_within_file", "save_checkpoint", saves, draw.randrange(3 * size)],
+            ["kill_within_file", "save_model", 1, draw.randrange(size)],
+            ["kill_within_file", "draw_curves", saves, draw.randrange(9)],
+            ["torn_row", draw.randint(2, 9), draw.randrange(200), signal.SIG_DFL]])}
+    phase, entry = draw.choice([
+        ("preparing", 1), ("training", 1), ("training", 1), ("evaluation", draw.randint(1, 2)),
+        ("checkpoint", saves), ("checkpoint", saves), ("finishing", 1), ("model", 1)])
+    length = lengths[phase] / {"checkpoint": STEPS / SAVE_EVERY, "evaluation": 3}.get(phase, 1)
+    return {"signal": [signal.SIGKILL, phase, entry, draw.uniform(0, length)]}
+
+
+def survive(run, undisturbed, kills, seed):
+    """Kill runs until so many kills are done; each run that ends must equal the undisturbed one.
+
+    returns  kills by the phase in which they fell, and the number of runs that ended
+    """
+    lengths = json.loads((run.folder / "lengths.json").read_text())
+    size = (undisturbed / "run/model/model.safetensors").stat().st_size
+    draw, fell, ended = random.Random(seed), Counter(), 0
+    while fell.total() < kills:
+        work = run.new("killed")
+        while True:
+            more = fell.total() < kills
+            end = run(work, **(draw_kill(draw, lengths, size) if more else {}))
+            if end["code"] == 0:
+                break
+            assert end["code"] in (-signal.SIGKILL, -signal.SIGXFSZ), end["text"]
+            fell[end["phase"]] += 1
+        again = run(work)  # what a kill left after the model was whole, the next command removes
+        assert again["code"] == 0
+        assert_same(work, undisturbed)
+        ended += 1
+    print(f"\n{fell.total()} kills in {ended} runs survived: {dict(fell)}")
+    return fell, ended
+
+
+def test_24_sigkills_at_random_moments_leave_the_same_bytes(run, undisturbed):
+    fell, _ = survive(run, undisturbed, kills=24, seed=1)
+    assert fell["training"] and fell["checkpoint"] and fell["finishing"] + fell["model"], fell
+
+
+@pytest.mark.slow
+def test_200_sigkills_at_random_moments_leave_the_same_bytes(run, undisturbed):
+    fell, _ = survive(run, undisturbed, kills=200, seed=2)
+    assert fell["training"] > 20 and fell["checkpoint"] > 20 and fell["finishing"] + fell["model"]
+
+
+def finished_as(work, run, undisturbed):
+    """What the same command prints as it ends the run in `work`, equal to the undisturbed one."""
+    end = run(work)
+    assert end["code"] == 0, end["text"]
+    assert "Traceback" not in end["text"]
+    assert_same(work, undisturbed)
+    return end["text"]
+
+
+def clear(end, code):
+    """The last three lines that a run printed, having ended with this exit code, no traceback."""
+    assert end["code"] == code, end["text"]
+    assert "Traceback" not in end["text"], end["text"]
+    lines = end["text"].strip().splitlines()[-3:]
+    print("\n" + "\n".join(lines))
+    return "\n".join(lines)
+
+
+def test_sigint_saves_says_how_to_go_on_and_the_same_command_ends_with_the_same_bytes(
+        run, undisturbed):
+    work = run.new()
+    end = run(work, fault=["signal_at", "train_step", 3, signal.SIGINT])
+    assert "same command" in clear(end, 130)
+    assert checkpoints(work) == [2, 3]
+    assert [row["step"] for row in rows(work) if row["split"] == "train"] == [1, 2, 3]
+    assert resumed(finished_as(work, run, undisturbed)) == 3
+
+
+def test_sigterm_to_the_real_command_saves_and_writes_no_token_anywhere(run, undisturbed):
+    work = run.new()
+    tokens = {"HF_TOKEN": "hf_secret-value", "WANDB_API_KEY": "secret-value-of-wandb"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_dpo.py"), "--config", str(run.config)], cwd=work,
+        env=os.environ | tokens | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    metrics = work / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(rows(work)) > 1):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate()[0]
+    assert "same command" in clear({"code": process.returncode, "text": text}, 143)
+    assert checkpoints(work) and max(checkpoints(work)) < STEPS
+    finished_as(work, run, undisturbed)
+    for path in filter(Path.is_file, run.folder.rglob("*")):
+        assert b"secret-value" not in path.read_bytes(), path
+    assert "secret-value" not in text
+
+
+def test_a_signal_during_an_evaluation_loses_no_step(run, undisturbed):
+    work = run.new()
+    end = run(work, fault=["signal_at", "evaluate", 2, signal.SIGTERM])  # after step 5
+    clear(end, 143)
+    assert max(checkpoints(work)) == 5
+    finished_as(work, run, undisturbed)
+
+
+def largest(checkpoint):
+    """The file that holds the tensors."""
+    files = [path for path in (checkpoint, *checkpoint.glob("*")) if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip_a_byte(checkpoint):
+    content = bytearray(largest(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 1
+    largest(checkpoint).write_bytes(content)
+
+
+def cut_a_byte(checkpoint):
+    os.truncate(largest(checkpoint), largest(checkpoint).stat().st_size - 1)
+
+
+def empty(checkpoint):
+    """As a power cut can leave it."""
+    os.truncate(largest(checkpoint), 0)
+
+
+def zero_the_start(checkpoint):
+    content = largest(checkpoint).read_bytes()
+    largest(checkpoint).write_bytes(bytes(4096) + content[4096:])
+
+
+def change_its_step(checkpoint, value):
+    """Another number where the file holds the step after which it was saved; the rest as it was."""
+    path = largest(checkpoint)
+    with safe_open(path, "pt") as file:
+        notes, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    tensors["position"][0] = value
+    save_file(tensors, path, notes)
+
+
+def flip_its_step(checkpoint):
+    change_its_step(checkpoint, 5)
+
+
+def spoil_its_step(checkpoint):
+    change_its_step(checkpoint, math.nan)
+
+
+DAMAGES = (flip_a_byte, cut_a_byte, empty, zero_the_start, flip_its_step, spoil_its_step)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_used(
+        damage, run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    damage(checkpoint_paths(work)[7])
+    text = finished_as(work, run, undisturbed)
+    assert re.search("step_0000007.* is damaged", text) and resumed(text) == 6
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, spoil_its_step], ids=lambda d: d.__name__)
+def test_two_damaged_checkpoints_start_the_run_anew_and_its_new_ones_are_kept(
+        damage, run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    checkpoint_paths(work)[6].unlink()
+    shutil.copyfile(checkpoint_paths(work)[7], work / "run/checkpoints/step_0000006.safetensors")
+    for path in checkpoint_paths(work).values():
+        damage(path)
+    end = run(work, fault=["signal_at", "train_step", 3, signal.SIGINT])
+    assert end["code"] == 130 and end["text"].count("is damaged") == 2, end["text"]
+    assert not resumed(end["text"])
+    assert resumed(finished_as(work, run, undisturbed)) == 3
+
+
+def test_a_damaged_reference_cache_is_computed_anew(run, undisturbed):
+    work, command = run.new(), ("reference_cache=cache",)
+    run(work, *command, fault=["signal_at", "train_step", 1, signal.SIGINT])
+    (cache,) = (work / "cache").iterdir()
+    os.truncate(cache, cache.stat().st_size - 1)
+    end = run(work, *command)
+    assert end["code"] == 0, end["text"]
+    assert_same(work, undisturbed)
+
+
+def test_a_torn_line_of_metrics_is_left_out(run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    with open(work / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "split": "tra')
+    finished_as(work, run, undisturbed)
+
+
+def test_changed_settings_of_an_unfinished_run_are_refused_by_name(run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    text = clear(run(work, "lr=2e-3", "beta=0.2", "seed=1", "save_every=3"), 2)
+    assert all(name in text for name in ("lr was 0.001", "beta was 0.1", "seed was 42")), text
+    assert "save_every" not in text and "--overwrite" in text
+    finished_as(work, run, undisturbed)
+
+
+def test_settings_that_change_no_weight_may_change_in_an_unfinished_run(
+        run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    end = run(work, "save_every=3", "eval_every=0", "logging_every=2", "reference_cache=null")
+    assert end["code"] == 0 and resumed(end["text"]) == 7, end["text"]
+    model = "run/model/model.safetensors"
+    assert (work / model).read_bytes() == (undisturbed / model).read_bytes()
+
+
+def test_a_finished_run_is_left_alone_and_overwrite_trains_it_anew(run, undisturbed):
+    work, model = run.new(source=undisturbed), "run/model/model.safetensors"
+    files = lambda: {path: path.stat().st_mtime_ns for path in (work / "run").rglob("*")}
+    before = files()
+    assert "is finished" in clear(run(work), 0)
+    assert "is finished" in clear(run(work, "lr=5e-4"), 0)
+    assert files() == before
+    assert run(work, "lr=5e-4", "--overwrite")["code"] == 0
+    assert [row["step"] for row in rows(work) if row["split"] == "train"] == [*range(1, STEPS + 1)]
+    assert (work / model).read_bytes() != (undisturbed / model).read_bytes()
+
+
+def test_overwrite_of_an_unfinished_run_starts_at_step_0(run, unfinished):
+    end = run(run.new(source=unfinished), "beta=0.2", "--overwrite")
+    assert end["code"] == 0 and not resumed(end["text"]), end["text"]
+
+
+def test_checkpoints_that_a_kill_after_the_model_was_whole_left_are_removed(
+        run, undisturbed, unfinished):
+    work = run.new(source=undisturbed)
+    shutil.copytree(unfinished / "run/checkpoints", work / "run/checkpoints")
+    finished_as(work, run, undisturbed)
+
+
+@pytest.mark.parametrize("event", [3, 4, 6])
+def test_an_overwrite_that_is_killed_leaves_the_old_model_whole_or_away(event, run, undisturbed):
+    work = run.new(source=undisturbed)
+    end = run(work, "--overwrite", fault=["kill_at_event", event])
+    assert end["code"] == -signal.SIGKILL
+    if not (work / "run/model").exists():
+        assert run(work)["code"] == 0
+    assert_same(work, undisturbed)
+
+
+def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_keeps_no_lock(run, undisturbed):
+    work = run.new()
+    sleeper = run(work, signal=[signal.SIGSTOP, "training", 1, 0.0])["pid"]
+    try:
+        assert "another process" in clear(run(work), 2)
+        assert "another process" in clear(run(work, "--overwrite"), 2)
+    finally:
+        os.kill(sleeper, signal.SIGKILL)
+    finished_as(work, run, undisturbed)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_logged_with_its_records(where, run):
+    work = run.new()
+    order = list(range(STEPS))
+    random.Random(42).shuffle(order)  # two records a step, in the order that the seed decides
+    records = sorted(order[6:8])
+    end = run(work, fault=["not_finite", [4], where])
+    assert end["code"] == 0, end["text"]
+    changed = [call for call in range(1, STEPS + 1) if f"call {call}: weights and moments unchanged"
+               not in end["text"]]
+    assert changed == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    skipped = {row["step"]: row["skipped"] for row in rows(work) if "skipped" in row}
+    assert list(skipped) == [4] and sorted(skipped[4]) == records
+    assert re.search(rf"Step 4\b.*not finite.*{re.escape(str(skipped[4]))}", end["text"])
+    row = next(row for row in rows(work) if row["step"] == 4)
+    assert row["grad_norm"] is None and (row["loss"] is None) == (where == "loss")
+    assert "1 updates skipped" in (work / "run/report.md").read_text()
+
+
+def test_three_steps_not_finite_in_a_row_stop_and_the_last_good_checkpoint_is_kept(
+        run, undisturbed):
+    work = run.new()
+    text = clear(run(work, fault=["not_finite", [3, 4, 7, 8, 9], "gradient"]), 1)
+    assert "three" in text and "checkpoint" in text
+    assert checkpoints(work) == [2, 6]
+    work = run.new()
+    clear(run(work, fault=["not_finite", [7, 8, 9], "loss"]), 1)
+    assert checkpoints(work) == [4, 6]
+    finished_as(work, run, undisturbed)
+
+
+def test_a_run_of_which_no_step_was_finite_still_ends_clearly(run):
+    end = run(run.new(), "train_pairs=4", "epochs=1", "reference_cache=null",
+              fault=["not_finite", [1, 2], "loss"])
+    assert end["code"] == 0 and "2 updates skipped" in end["text"], end["text"]
+
+
+@pytest.mark.parametrize("fault, kept", [
+    (["full_disk", "save_checkpoint", 3, 4096], [2, 4]),
+    (["full_disk", "save_model", 1, 4096], [8, 10]),
+    (["torn_row", 9, 20], [4, 6]), (["full_disk", "draw_curves", 2, 1], [2, 4])],
+    ids=["checkpoint", "model", "metrics", "curves"])
+def test_a_full_disk_is_a_clear_error_and_the_checkpoints_before_are_resumed(
+        fault, kept, run, undisturbed):
+    work = run.new()
+    text = clear(run(work, fault=fault), 1)
+    assert re.search("File too large|No space left|[Dd]isk", text)
+    assert checkpoints(work) == kept
+    assert resumed(finished_as(work, run, undisturbed)) == kept[-1]
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_out_of_memory_names_the_settings_to_lower(where, run, undisturbed):
+    work = run.new()
+    text = clear(run(work, fault=["out_of_memory", 5, where]), 1)
+    assert "memory" in text
+    assert all(name in text for name in ("batch_size", "max_length", "activation_checkpointing"))
+    finished_as(work, run, undisturbed)
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, sprung):
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return os.mkdir, (self.sprung,)
+
+
+def test_a_model_of_pickled_weights_alone_is_refused_unread(run):
+    work = run.new()
+    folder, sprung = work / "pickled", work / "sprung"
+    shutil.copytree(run.folder / "model", folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(str(sprung))))
+    assert "pickled" in clear(run(work, f"model={folder}"), 2)
+    assert not sprung.exists()
+
+
+def test_no_code_reads_pickles_or_unsafe_yaml_or_runs_text():
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        for call in re.findall(r"torch\.load\([^)]*\)", source):
+            assert "weights_only=True" in call, f"{path.name}: {call}"
+        assert not re.search(r"\bpickle\b|yaml\.(unsafe_|full_)?load\(|\b(exec|eval)\(|os\.system",
+                             re.sub(r"\.eval\(\)", "", source)), path.name
+    loads = re.findall(r"\.from_pretrained\(\s*path[^\n]*", (ROOT / "train_dpo.py").read_text())
+    assert any("use_safetensors=True" in call for call in loads), loads
+
+
+if __name__ == "__main__":
+    nursery()
