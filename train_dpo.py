@@ -150,9 +150,8 @@ def read_config(path, overrides=()):
     choices, configs = {}, []
     for name, value in settings.items():
         if name not in specs:
-            near = difflib.get_close_matches(str(name), specs, 1, 0.4)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all of them"
-            raise InputError(f"unknown setting {name!r}: {hint}")
+            near = difflib.get_close_matches(str(name), specs, 1, cutoff=0)[0]
+            raise InputError(f"unknown setting {name!r}: did you mean {near}? --help lists all")
         values = value if isinstance(value, list) and kinds[name] is not bool else [value]
         values = [check_setting(specs[name], kinds[name], v) for v in values]
         choices[name] = [v for i, v in enumerate(values) if v not in values[:i]]
@@ -165,6 +164,8 @@ def read_config(path, overrides=()):
         folder += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in folder)
         for name, value in asdict(config).items():
             folder = folder.replace(f"{{{name}}}", str(value).replace("/", "-"))
+        if "{" in folder:
+            raise InputError(f"output_dir {folder}: what is in braces must be a setting's name")
         configs.append(replace(config, output_dir=folder))
     if not configs:
         raise InputError(f"{', '.join(varied)}: an empty list; give at least one value")
@@ -306,7 +307,7 @@ def choose_layout(model, pairs, tolerance=1e-3):
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         say(f"The model refuses rows that share a prompt: {data.first_line(error)}")
     model.set_attn_implementation(policy.own)
-    window = getattr(model.config, "sliding_window", None) or math.inf
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
     reach = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     shared = difference <= tolerance and reach <= window
     say(f"Layout: {'shared prompts' if shared else 'separate sequences'}. On the longest pair "
@@ -374,7 +375,7 @@ def reference_logps(setup, config):
         return found
     found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
     if config.reference_cache:
-        write_atomically(path, lambda temporary: save_file(found, temporary))
+        write_atomically(path, lambda file: save_file(found, file))
     return found
 
 
@@ -528,9 +529,8 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
     """
     tensors = checkpoint_tensors(weights, optimizer)
     tensors["position"] = torch.tensor([step, seconds], dtype=torch.float64)
-    notes = {"digest": digest_tensors(tensors)}
-    write_atomically(folder / f"step_{step:07d}.safetensors",
-                     lambda temporary: save_file(tensors, temporary, notes))
+    write_atomically(folder / f"step_{step:07d}.safetensors", lambda file: save_file(
+        tensors, file, {"digest": digest_tensors(tensors)}))
     for old in sorted(folder.glob("*.safetensors"))[:-2]:
         old.unlink()
 
@@ -615,7 +615,7 @@ def train(setup, config, folder):
     start = began - (seconds if first else setup.facts["reference_seconds"])
     copy_weights(setup.copies)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
-    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+    write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
     if setup.pairs["eval"] and not first:
         log_row(path, 0, "eval", evaluate(setup, config, setup.reference["eval"]), start)
     pairs, lost = [sum(len(row.pairs) for row in steps[i]) for i in order], 0
@@ -661,7 +661,7 @@ def draw(path, panels, size):
             axis.errorbar(**{"capsize": 3} | line)
         axis.set(title=title, xlabel=label)
         axis.legend(fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
+    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
 
 
 def draw_curves(metrics):
@@ -745,7 +745,7 @@ def finish(setup, config, folder):
             f"base model's licence applies.\n\n{body}")
     draw_curves(metrics)
     report = f"# {folder.name}\n\n![curves](curves.png)\n\n{body}\n## Answers\n\n{samples}\n"
-    write_atomically(folder / "report.md", lambda temporary: temporary.write_text(report))
+    write_atomically(folder / "report.md", lambda file: file.write_text(report, "utf-8"))
     save_model(setup, config, folder, card)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
@@ -796,7 +796,7 @@ def summarize_sweep(configs, varied):
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
-def claim(folder, config, overwrite):
+def claim(folder, config, overwrite, stand_ins=()):
     """Lock a run's folder and note its settings there; a dead process does not keep the lock.
 
     returns  the lock, which lasts until it is closed
@@ -819,7 +819,8 @@ def claim(folder, config, overwrite):
     if changed:
         raise InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. Set it "
                          "back, give another output_dir, or add --overwrite.")
-    write_atomically(path, lambda temporary: temporary.write_text(yaml.safe_dump(fresh)))
+    notes = "".join(f"# Used as the Hub was out of reach: {name}\n" for name in stand_ins)
+    write_atomically(path, lambda file: file.write_text(notes + yaml.safe_dump(fresh), "utf-8"))
     return lock
 
 
@@ -839,7 +840,7 @@ def run(configs, varied, options):
             first = {n: w.detach().clone() for n, w in setup.weights.items()} if varied else {}
         if options.dry_run:
             return dry_run(setup, config)
-        with claim(folder, config, options.overwrite):
+        with claim(folder, config, options.overwrite, setup.facts["stand_ins"]):
             for name, weight in first.items():
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)

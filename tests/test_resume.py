@@ -31,7 +31,7 @@ STEPS, SAVE_EVERY = 10, 2
 PHASES = {"prepare": "preparing", "train": "training", "evaluate": "evaluation",
           "save_checkpoint": "checkpoint", "finish": "finishing", "save_model": "model"}
 WORDS = [a + b for a in "bdfklmnprst" for b in ("a", "e", "i", "o", "u")]
-TIMES = ("seconds", "tokens_per_second", "peak_share")
+TIMES = ("seconds", "tokens_per_second")
 
 
 def make_model(folder, hidden=32, seed=0):
@@ -595,6 +595,18 @@ def test_a_torn_line_of_metrics_is_left_out(run, undisturbed, unfinished):
     work = run.new(source=unfinished)
     with open(work / "run/metrics.jsonl", "a") as file:
         file.write('{"step": 8, "split": "tra')
+    finished_as(work, run, undisturbed)
+
+
+@pytest.mark.parametrize("call", [1, 2], ids=["settings", "metrics"])
+def test_a_kill_while_a_small_file_is_rewritten_leaves_the_old_one(
+        call, run, undisturbed, unfinished):
+    work = run.new(source=unfinished)
+    files = [work / "run/config.yaml", work / "run/metrics.jsonl"]
+    before = [path.read_bytes() for path in files]
+    end = run(work, fault=["kill_within_file", "write_atomically", call, 100])
+    assert end["code"] == -signal.SIGXFSZ, end["text"]
+    assert [path.read_bytes() for path in files] == before
     finished_as(work, run, undisturbed)
 
 

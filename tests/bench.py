@@ -1,0 +1,239 @@
+"""Speed and memory, against TRL on the same pairs, and how both grow.
+
+    python tests/bench.py --model FOLDER --dataset pairs.jsonl      this project and TRL, in turn
+    python tests/bench.py --growth                                  length, vocabulary, pairs
+
+The comparison needs `pip install trl==1.16.0`, in this environment or in the one whose interpreter
+--trl-python names. Each measurement is a process of its own, the two sides take turns, and medians
+are printed. A pair's seconds hold its share of the reference pass and of the optimizer steps, not
+the loading. The peak is a matrix product's, measured here. Run it on an otherwise idle machine: two
+programs that share cores spoil each other's times.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+STEP_PAIRS = 2  # batch 1, accumulation 2
+
+
+def peak_memory():
+    """Bytes of memory that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def matmul_peak(dtype, size=1024, seconds=1.0):
+    """Floating point operations a second of a matrix product, measured."""
+    import torch
+
+    a, best, start = torch.randn(size, size, dtype=dtype), 1e9, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def our_config(options):
+    """The settings of the comparison."""
+    from train_dpo import Config
+
+    return Config(
+        model=options.model, dataset=options.dataset, split=None, eval_pairs=0, shuffle=False,
+        train_pairs=options.pairs, lr=5e-6, max_length=options.max_length, dtype=options.dtype,
+        activation_checkpointing=options.checkpointing, device="cpu", sample_prompts=0,
+        reference_cache=None)  # fmt: skip
+
+
+def measure_ours(options):
+    """One epoch of this project's own loop."""
+    import torch
+
+    import train_dpo
+
+    config = our_config(options)
+    setup = train_dpo.prepare(config)
+    optimizer, steps = train_dpo.make_optimizer(setup.weights, config), setup.steps["train"]
+    start = time.perf_counter()
+    losses = []
+    for step, group in enumerate(steps):
+        rate = train_dpo.learning_rate(step, len(steps), config)
+        losses.append(train_dpo.train_step(setup, config, group, optimizer, rate)["loss"])
+    seconds = time.perf_counter() - start + setup.facts["reference_seconds"]
+    shape = setup.model.config.get_text_config()
+    matrices = sum(p.numel() for n, p in setup.model.named_parameters() if "emb" not in n)
+    flops = 0
+    for row in (row for group in steps for row in group):
+        seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for p, c, r in row.segments)
+        flops += 2 * matrices * len(row.input_ids)
+        flops += 2 * shape.vocab_size * shape.hidden_size * len(row.targets)
+        flops += 4 * seen * shape.hidden_size * shape.num_hidden_layers
+    tokens = sum(pair.tokens for pair in setup.pairs["train"])
+    peak = matmul_peak(train_dpo.DTYPES[config.dtype])
+    return {"seconds": seconds / len(setup.pairs["train"]), "memory": peak_memory(),
+            "losses": losses, "tokens": tokens / seconds, "peak": 4 * flops / seconds / peak,
+            "reference": setup.facts["reference_seconds"], "threads": torch.get_num_threads()}
+
+
+def measure_trl(options):
+    """One epoch of TRL's DPOTrainer on the token ids in options.ids."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        """TRL tokenises whatever it is given; these pairs are token ids already."""
+
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+        def _precompute_ref_logps(self, *args, **kwargs):
+            begin = time.perf_counter()
+            result = super()._precompute_ref_logps(*args, **kwargs)
+            times.append(time.perf_counter() - begin)
+            return result
+
+    class Times(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            times.append(time.perf_counter() - self.begin)
+
+    times, pairs = [], json.loads(Path(options.ids).read_text())
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, num_train_epochs=1,
+        gradient_accumulation_steps=STEP_PAIRS, beta=0.1, learning_rate=5e-6, warmup_steps=0,
+        lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0,
+        max_length=options.max_length, train_sampling_strategy="sequential",
+        bf16=options.dtype == "bfloat16", gradient_checkpointing=options.checkpointing,
+        precompute_ref_log_probs=options.precompute, model_init_kwargs={"dtype": "float32"},
+        optim="adamw_torch_fused", save_strategy="no", report_to="none", logging_steps=1,
+        disable_tqdm=True, use_cpu=True)  # fmt: skip
+    trainer = Trainer(model=options.model, args=config, train_dataset=Dataset.from_list(pairs),
+                      processing_class=AutoTokenizer.from_pretrained(options.model),
+                      callbacks=[Times()])  # fmt: skip
+    trainer.train()
+    tokens = sum(len(ids) for pair in pairs for ids in pair.values())
+    return {"seconds": sum(times) / len(pairs), "memory": peak_memory(),
+            "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+            "tokens": tokens / sum(times), "peak": 0.0}  # fmt: skip
+
+
+def measure_growth(options):
+    """Seconds and memory of a forward and backward pass of random weights over one made-up pair."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from data import Pair, make_row
+    from dpo_loss import sequence_logps
+    from train_dpo import AnswerLogps
+
+    torch.manual_seed(0)
+    policy = AnswerLogps(LlamaForCausalLM(LlamaConfig(
+        vocab_size=options.vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2**16)))
+    before, third = peak_memory(), options.max_length // 3
+    ids = torch.randint(3, options.vocabulary, (3, third)).tolist()
+    row = make_row([Pair(0, *ids)], [0])
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        for _ in range(options.pairs):
+            sequence_logps(policy(row), row.lengths).sum().backward()
+        times.append(time.perf_counter() - begin)
+    return {"seconds": min(times), "memory": peak_memory() - before}
+
+
+def run_side(options, side, python=sys.executable, **changes):
+    """Measure in a process of its own; returns what it measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, values = Path(folder) / "out.json", vars(options) | changes
+        command = [python, __file__, "--side", side, "--out", str(out)]
+        for name in ("model", "dataset", "pairs", "max_length", "dtype", "ids", "vocabulary"):
+            command += [f"--{name}", str(values[name])]
+        command += [f"--{name}" for name in ("checkpointing", "precompute") if values[name]]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL)  # fmt: skip
+        return json.loads(out.read_text())
+
+
+def compare(options):
+    """Both sides in turn; prints the table."""
+    import data
+    from train_dpo import load_model
+
+    config = our_config(options)
+    pairs = data.load_pairs(config, load_model(config)[1])[0]
+    ids = Path(tempfile.mkdtemp()) / "ids.json"
+    ids.write_text(json.dumps([
+        {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
+        for p in pairs]))  # fmt: skip
+    trl = {"python": options.trl_python, "ids": str(ids)}
+    print("| dtype | checkpointing | side | s a pair | tokens/s | share of peak | peak GB | "
+          "first, last loss |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for dtype in options.dtypes.split(","):
+        for checkpointing in (False, True):
+            settings = {"dtype": dtype, "checkpointing": checkpointing}
+            sides = {"this project": [], "TRL": [], "TRL, reference first": []}
+            for _ in range(options.repeats):
+                sides["this project"].append(run_side(options, "ours", **settings))
+                sides["TRL"].append(run_side(options, "trl", **trl, **settings))
+                sides["TRL, reference first"].append(
+                    run_side(options, "trl", precompute=True, **trl, **settings))
+            for side, runs in sides.items():
+                middle = {name: statistics.median(run[name] for run in runs)
+                          for name in ("seconds", "tokens", "peak", "memory")}
+                share = f"{middle['peak']:.0%}" if middle["peak"] else ""
+                losses = runs[0]["losses"]
+                print(f"| {dtype} | {'on' if checkpointing else 'off'} | {side} | "
+                      f"{middle['seconds']:.2f} | {middle['tokens']:.0f} | {share} | "
+                      f"{middle['memory'] / 1e9:.2f} | {losses[0]:.6f}, {losses[-1]:.6f} |",
+                      flush=True)  # fmt: skip
+
+
+def growth(options):
+    """Time and memory beyond the model's own, over length, vocabulary and number of pairs."""
+    print("| tokens a row | vocabulary | pairs | seconds | MB beyond the model |\n"
+          "| --- | --- | --- | --- | --- |")
+    changes = [(n, 32768, 1) for n in (256, 512, 1024, 2048, 4096)]
+    changes += [(1024, n, 1) for n in (65536, 131072, 262144)]
+    changes += [(256, 32768, n) for n in (4, 16, 64)]
+    for length, vocabulary, pairs in changes:
+        result = run_side(options, "growth", max_length=length, vocabulary=vocabulary, pairs=pairs)
+        print(f"| {length} | {vocabulary} | {pairs} | {result['seconds']:.2f} | "
+              f"{result['memory'] / 1e6:.0f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="folder of the model")
+    parser.add_argument("--dataset", default="", help="preference file")
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--max_length", type=int, default=1024)
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--trl-python", default=sys.executable)
+    parser.add_argument("--growth", action="store_true")
+    for name in ("side", "out", "ids"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
+    parser.add_argument("--vocabulary", type=int, default=32768, help=argparse.SUPPRESS)
+    for name in ("checkpointing", "precompute"):
+        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sides = {"ours": measure_ours, "trl": measure_trl, "growth": measure_growth}
+    if arguments.side:
+        Path(arguments.out).write_text(json.dumps(sides[arguments.side](arguments)))
+    else:
+        growth(arguments) if arguments.growth else compare(arguments)
