@@ -372,7 +372,7 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
         try:
             pair = encoder.encode(records[index], index)
             if pair.prompt in without:
-                raise Drop("its prompt is in the evaluation set")
+                raise Drop("its prompt is held out for evaluation")
             pairs.append(pair)
         except Drop as reason:
             drops[str(reason)] += 1
@@ -412,7 +412,7 @@ def load_pairs(config, tokenizer):
             counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
             raise InputError(
                 f"dataset {source}: no usable pair in {drops[split].total()} records.\n{counts}"
-                + (to_messages.__doc__ or "") * ("columns" in counts or "malformed" in counts))
+                + "\n".join(["", *(to_messages.__doc__ or "").splitlines()[2:9]]))
     return train, evaluation, drops, used
 
 

@@ -51,9 +51,9 @@ WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
           int: "a whole number from {low} to {high}", float: "a number from {low} to {high}"}
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
-HARMLESS = {"logging_every", "eval_every", "save_every", "reference_cache", "offline"}
+HARMLESS = {"logging_every", "eval_every", "save_every", "reference_cache", "offline", "output_dir"}
 SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
-                      "weight_decay", "max_grad_norm", "save_dtype", "output_dir"}
+                      "weight_decay", "max_grad_norm", "save_dtype"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
@@ -677,7 +677,7 @@ def draw_curves(metrics):
             window = 1 if name == "lr" else 1 + len(trained) // 20
             smooth = trained[name].rolling(window, min_periods=1).mean()
             lines += [x | {"y": trained[name], "color": color, "alpha": 0.25, "linewidth": 0.8},
-                      x | {"y": smooth, "color": color, "label": f"{name}, training, smoothed"}]
+                      x | {"y": smooth, "color": color, "label": f"{name}, training"}]
             if f"{name}/ci95" in held_out:
                 lines.append({"x": held_out["step"], "y": held_out[name], "fmt": "o--", "mfc": "w",
                               "yerr": held_out[f"{name}/ci95"].astype(float), "color": color,
@@ -773,7 +773,7 @@ def dry_run(setup, config):
     size, kept = DTYPES[config.dtype].itemsize, 1 if config.activation_checkpointing else 30
     memory = 0.8e9 + setup.model.num_parameters() * (16 + size * (size < 4)) + (
         len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers * size * kept)
-    say(f"Estimate: {minutes:.0f} minutes and {memory / 1e9:.1f} GB of memory")
+    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
 def summarize_sweep(configs, varied):
@@ -791,7 +791,7 @@ def summarize_sweep(configs, varied):
     others = [name for name in varied if name != x] or ["split"]
     draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
         {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"].astype(float),
-         "marker": "o", "label": ", ".join(map(str, (*others, *label)))}
+         "marker": "o", "label": " ".join(map(str, (*others, *label)))}
         for label, part in frame.sort_values(x).groupby(others)]) for name in names], (11, 4))
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
@@ -875,7 +875,7 @@ def main(arguments=None):
         say(f"Error: {error}")
         return 2
     except (TrainingError, OSError, SafetensorError) as error:
-        say(f"Stopped: {error}\nThe last checkpoint is intact; the same command goes on from it.")
+        say(f"Stopped: {error}\nThe same command goes on from the last checkpoint, if any.")
     except (MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words
             raise

@@ -507,7 +507,7 @@ def test_pairs_are_held_out_where_there_is_no_other_split(tmp_path):
     train, evaluation, drops, _ = data.load_pairs(config(path, eval_pairs=100), tiny())
     assert (len(train), len(evaluation)) == (40, 10)
     assert not {p.prompt for p in train} & {p.prompt for p in evaluation}
-    assert drops["train"] == {"its prompt is in the evaluation set": 10}
+    assert drops["train"] == {"its prompt is held out for evaluation": 10}
     train, evaluation, drops, _ = data.load_pairs(config(path, eval_pairs=3, train_pairs=9), tiny())
     assert (len(train), len(evaluation), drops["train"]) == (9, 3, {})
     cases = config(path, eval_pairs=3, shuffle=False, eval_split=None)
@@ -521,7 +521,7 @@ def test_a_split_column_selects_training_and_evaluation_rows(tmp_path):
     train, evaluation, drops, _ = data.load_pairs(config(path, eval_pairs=100), tiny())
     assert {json.loads(p.prompt)[0]["content"][0] for p in train} == {"Q"}
     assert (len(train), len(evaluation)) == (7, 5)
-    assert drops["train"] == {"its prompt is in the evaluation set": 1}
+    assert drops["train"] == {"its prompt is held out for evaluation": 1}
     with pytest.raises(MissingSplit, match="no split other, only: test_prefs, train_prefs"):
         data.load_pairs(config(path, split="other"), tiny())
 
