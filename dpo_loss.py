@@ -32,7 +32,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), ctx.chunk):
             part = slice(start, start + ctx.chunk)
@@ -40,8 +40,7 @@ class _TokenLogps(torch.autograd.Function):
             # d logp(y) / d logits = onehot(y) - softmax(logits)
             grad_logits = _logits(hidden[part], weight).softmax(1).mul_(-g).scatter_add_(1, y, g)
             grad_logits = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+            grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[part])
         return grad_hidden, grad_weight, None
@@ -84,8 +83,7 @@ def sequence_logps(logps, lengths, average=False):
     returns  (len(lengths),) of the same dtype
     raises   RuntimeError if the lengths do not add up to n
     """
-    answers = logps.split(lengths)
-    return torch.stack([answer.mean() if average else answer.sum() for answer in answers])
+    return torch.stack([a.mean() if average else a.sum() for a in logps.split(lengths)])
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
@@ -117,8 +115,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         raise ValueError(f"label_smoothing is defined for loss sigmoid, not for {loss}")
     if loss == "sigmoid":
         losses = -(1 - label_smoothing) * F.logsigmoid(beta * h)
-        if label_smoothing:
-            losses = losses - label_smoothing * F.logsigmoid(-beta * h)
+        losses = losses - label_smoothing * F.logsigmoid(-beta * h)
     elif loss == "ipo":
         losses = (h - 1 / (2 * beta)) ** 2
     elif loss == "hinge":

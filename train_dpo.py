@@ -15,123 +15,102 @@ From top to bottom, as main() runs it:
 import argparse
 import contextlib
 import difflib
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import signal
 import sys
 import time
-import typing
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from resource import RUSAGE_SELF, getrusage
+from typing import Literal
 
+import pandas
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import data
-from data import InputError
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WANTED = {bool: "true or false", str: "text", dict: "lines of `name: stand-in`",
-          int: "a whole number from {low} to {high}", float: "a number from {low} to {high}"}
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
-HARMLESS = {"logging_every", "eval_every", "save_every", "reference_cache", "offline", "output_dir"}
+HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline",
+            "lora_merge", "output_dir"}
 SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
                       "weight_decay", "max_grad_norm", "save_dtype"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
+PANELS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
+          "rewards/chosen rewards/rejected")
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+yaml.SafeLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-7 for text
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the argument is its number."""
-
-
-def setting(default, low=-math.inf, high=math.inf, choices=()):
-    """A config field with its inclusive bounds or its choices."""
-    return field(default=default, metadata={"low": low, "high": high, "choices": choices})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config={"extra": "forbid", "strict": True, "allow_inf_nan": False})
 class Config:
     """All settings of one run; config.yaml says what each one does."""
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     revision: str | None = None
     trust_remote_code: bool = False
+    lora_r: int = Field(0, ge=0)
+    lora_alpha: float = Field(16.0, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_target_modules: str = "all-linear"
+    lora_merge: bool = False
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
     split: str | None = "train_prefs"
     eval_dataset: str | None = None
     eval_split: str | None = "test_prefs"
-    train_pairs: int = setting(500, 0)
-    eval_pairs: int = setting(100, 0)
+    train_pairs: int = Field(500, ge=0)
+    eval_pairs: int = Field(100, ge=0)
     shuffle: bool = True
     keep_ties: bool = False
-    seed: int = setting(42, 0, 2**32 - 1)
-    max_length: int = setting(1024, 2)
-    max_prompt_length: int = setting(512, 1)
-    loss: str = setting("sigmoid", choices=("sigmoid", "ipo", "hinge"))
-    beta: float = setting(0.1, 1e-6, 1e6)
-    label_smoothing: float = setting(0.0, 0, 0.499)
+    seed: int = Field(42, ge=0, lt=2**32)
+    max_length: int = Field(1024, ge=2)
+    max_prompt_length: int = Field(512, ge=1)
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: float = Field(0.1, ge=1e-6, le=1e6)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     length_normalize: bool = False
-    epochs: int = setting(1, 1)
-    batch_size: int = setting(1, 1)
-    gradient_accumulation_steps: int = setting(2, 1)
-    lr: float = setting(1e-7, 0, 1)
-    warmup_ratio: float = setting(0.0, 0, 1)
-    weight_decay: float = setting(0.01, 0, 1e3)
-    max_grad_norm: float = setting(1.0, 0)
-    dtype: str = setting("auto", choices=("auto", *DTYPES))
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(2, ge=1)
+    lr: float = Field(1e-7, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=1e3)
+    max_grad_norm: float = Field(1.0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     activation_checkpointing: bool = False
     output_dir: str = "runs/beta{beta}_lr{lr}"
-    logging_every: int = setting(1, 1)
-    eval_every: int = setting(50, 0)
-    save_every: int = setting(50, 0)
-    save_dtype: str = setting("float32", choices=tuple(DTYPES))
-    sample_prompts: int = setting(3, 0)
+    logging_every: int = Field(1, ge=1)
+    eval_every: int = Field(50, ge=0)
+    save_every: int = Field(50, ge=0)
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    sample_prompts: int = Field(3, ge=0)
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     reference_cache: str | None = "runs/reference_cache"
-    offline: dict | None = None
-
-
-def check_setting(spec, kind, value):
-    """The value as the setting's type; "1e-7", which YAML reads as text, is a number.
-
-    spec, kind  dataclasses.Field of Config and its type hint
-    raises      InputError that names the setting, the value and what would be right
-    """
-    if value is None and type(None) in typing.get_args(kind):
-        return None
-    kind, rule = (*typing.get_args(kind), kind)[0], spec.metadata or setting(None).metadata
-    with contextlib.suppress(ValueError, TypeError, OverflowError):  # no number: told below
-        number = kind in (int, float) and not isinstance(value, bool)
-        if number and kind(value) == float(value):
-            value = kind(value)
-        if (type(value) is kind and (value in rule["choices"] or not rule["choices"])
-                and (not number or rule["low"] <= value <= rule["high"])):
-            return value
-    wanted = WANTED[kind].format(**rule) if not rule["choices"] else ", ".join(rule["choices"])
-    raise InputError(f"{spec.name} must be {wanted}, not {value!r}")
+    offline: dict[str, str] | None = None
 
 
 def read_config(path, overrides=()):
@@ -145,92 +124,93 @@ def read_config(path, overrides=()):
         for name, _, value in (override.partition("=") for override in overrides):
             settings[name] = yaml.safe_load(value)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"config {path} is no readable `name: value` list: {error}") from error
-    specs, kinds = {spec.name: spec for spec in fields(Config)}, typing.get_type_hints(Config)
-    choices, configs = {}, []
-    for name, value in settings.items():
-        if name not in specs:
-            near = difflib.get_close_matches(str(name), specs, 1, cutoff=0)[0]
-            raise InputError(f"unknown setting {name!r}: did you mean {near}? --help lists all")
-        values = value if isinstance(value, list) and kinds[name] is not bool else [value]
-        values = [check_setting(specs[name], kinds[name], v) for v in values]
-        choices[name] = [v for i, v in enumerate(values) if v not in values[:i]]
-    varied = [name for name, values in choices.items() if len(values) != 1]
+        raise data.InputError(f"config {path} is no list of `name: value`: {error}") from error
+    choices = {str(k): v if v and isinstance(v, list) else [v] for k, v in settings.items()}
+    varied, configs = [name for name, values in choices.items() if len(values) != 1], []
     for values in itertools.product(*choices.values()):
-        config = Config(**dict(zip(choices, values, strict=True)))
+        try:
+            config = Config(**dict(zip(choices, values, strict=True)))
+        except ValidationError as error:
+            problem, names = error.errors()[0], [spec.name for spec in fields(Config)]
+            name, value = str(problem["loc"][0]), f"{problem['input']!r:.200}"
+            near = difflib.get_close_matches(name, names, 1, cutoff=0)[0]
+            hint = f" (did you mean {near}? --help lists all settings)" * (name != near)
+            raise data.InputError(f"{name}: {problem['msg']}, not {value}{hint}") from error
         if config.label_smoothing and config.loss != "sigmoid":
-            raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
+            raise data.InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
         folder = config.output_dir
         folder += "".join(f"_{name}{{{name}}}" for name in varied if f"{{{name}}}" not in folder)
         for name, value in asdict(config).items():
             folder = folder.replace(f"{{{name}}}", str(value).replace("/", "-"))
         if "{" in folder:
-            raise InputError(f"output_dir {folder}: what is in braces must be a setting's name")
+            raise data.InputError(f"output_dir {folder}: braces must hold a setting's name")
         configs.append(replace(config, output_dir=folder))
-    if not configs:
-        raise InputError(f"{', '.join(varied)}: an empty list; give at least one value")
-    return configs, varied
-
-
-def say(text):
-    """Print a line, above any bar."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    return [c for i, c in enumerate(configs) if c not in configs[:i]], varied
 
 
 def progress(title, total, done=0):
-    """A tqdm bar on a terminal; elsewhere nothing, for logs get plain lines instead."""
+    """A tqdm bar on a terminal; elsewhere a line, for logs are no place for a bar."""
+    if not sys.stderr.isatty():
+        say(f"{title}: {total} pairs")
     return tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
                 disable=not sys.stderr.isatty())
 
 
-_signals = []
+say = tqdm.write  # above any bar
+_signals = []  # numbers of SIGINT and SIGTERM, once they have arrived
 
 
 def note_signal(number, frame):
-    """Signal handler: stop after the step in hand; a second signal stops at once."""
+    """Note a signal, to stop after the step in hand; a second one stops at once."""
     _signals.append(number)
     signal.signal(number, signal.SIG_DFL)
 
 
 def resolve_machine(config):
-    """The config with device and dtype decided: bfloat16 only where it is the faster one."""
+    """The config with device and dtype decided: bfloat16 only where it is the faster one.
+
+    raises   InputError for a device that is not there or a package that is not installed
+    """
+    needs = {"peft": config.lora_r, config.report_to: config.report_to != "none"}
+    for package, needed in needs.items():
+        if needed and not find_spec(package):
+            raise data.InputError(f"this config needs {package}: pip install {package}")
     device, dtype, cpu = config.device, config.dtype, torch.cpu.get_capabilities()
     if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu")
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.empty(1, device=device)
         fast = (torch.cuda.get_device_capability(device) >= (8, 0) if device.startswith("cuda") else
                 device == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: {data.first_line(error)}") from error
-    automatic = "bfloat16" if fast else "float32"
-    return replace(config, device=device, dtype=automatic if dtype == "auto" else dtype)
+        raise data.InputError(f"device {device}: {data.first_line(error)}") from error
+    dtype = ("bfloat16" if fast else "float32") if dtype == "auto" else dtype
+    return replace(config, device=device, dtype=dtype)
 
 
 def load_model(config):
     """Load the model in float32 on the CPU, and its tokenizer.
 
-    returns  model, tokenizer, and the stand-in's name or None
+    returns  model, tokenizer
     raises   InputError if it cannot be had or is no causal language model
     """
     def load(path):
-        options, gguf = {"revision": config.revision or "main"}, {}
+        gguf, options = {}, {"trust_remote_code": config.trust_remote_code,
+                             "revision": config.revision or "main"}
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
-            gguf["quantization_config"] = GgufConfig(dequantize=True)
-        options["trust_remote_code"] = config.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **options, **gguf)
+            gguf["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **options, **gguf
+        ), transformers.AutoTokenizer.from_pretrained(path, **options)
 
     with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
-        (tokenizer, model), stand_in = data.open_source(config.model, "model", config.offline, load)
-    for module in model.modules():  # the model stays in train mode, without dropout
+        model, tokenizer = data.open_source(config.model, "model", config.offline, load)
+    for module in model.modules():  # train mode is for activation checkpointing alone
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
                 setattr(module, name, 0.0)
-    return model.train(), tokenizer, stand_in
+    return model.eval(), tokenizer
 
 
 def shared_prompt_attention(module, query, key, value, mask, scaling=None, segments=(), **kwargs):
@@ -245,23 +225,24 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
     returns   (1, t, heads, head_dim), None
     """
     if not segments:  # generation
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, scaling=scaling)
+        sdpa = transformers.AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, mask, scaling=scaling)
     outputs, start = [], 0
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    attend = partial(nn.functional.scaled_dot_product_attention, scale=scaling,
+                     enable_gqa=query.shape[1] != key.shape[1])
     for prompt, chosen, rejected in segments:
         middle, end = start + prompt + chosen, start + prompt + chosen + rejected
         q, k, v = (x[:, :, start:middle] for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        outputs.append(attend(q, k, v, is_causal=True))
         k, v = (torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), 2)
                 for x in (key, value))
         seen = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=q.device)
-        outputs.append(F.scaled_dot_product_attention(
-            query[:, :, middle:end], k, v, attn_mask=seen.tril(prompt), **options))
+        outputs.append(attend(query[:, :, middle:end], k, v, attn_mask=seen.tril(prompt)))
         start = end
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
+transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
 
 
 class AnswerLogps(nn.Module):
@@ -299,28 +280,43 @@ def choose_layout(model, pairs, tolerance=1e-3):
 
     Sequences beyond the model's sliding window never do.
     """
-    longest, policy = max(pairs, key=lambda pair: pair.tokens), AnswerLogps(model, shared=False)
+    reach = lambda pair: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    longest, policy = max(pairs, key=reach), AnswerLogps(model, shared=False)
     row, difference = data.make_row([longest], [0], model.device), math.inf
-    expected = policy(row)
     try:
-        difference = (AnswerLogps(model)(row) - expected).abs().max().item()
+        difference = (policy(row) - AnswerLogps(model)(row)).abs().max().item()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         say(f"The model refuses rows that share a prompt: {data.first_line(error)}")
     model.set_attn_implementation(policy.own)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
-    reach = max(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
-    shared = difference <= tolerance and reach <= window
-    say(f"Layout: {'shared prompts' if shared else 'separate sequences'}. On the longest pair "
-        f"({longest.tokens} tokens) the two differ by {difference:.1e} nat a token at most; the "
-        f"longest sequence is {reach}, the sliding window {window}")
+    shared = difference <= tolerance and reach(longest) <= window
+    say(f"Layout: {'shared prompts' if shared else 'separate sequences'}, {difference:.1e} nat a "
+        f"token apart on the longest of {reach(longest)} tokens (sliding window {window})")
     return shared
 
 
-def place_weights(model, config):
+def add_adapter(model, config):
+    """Put LoRA matrices (arXiv 2106.09685) beside the model's layers; they alone are trained.
+
+    raises   InputError where the model has no layer that lora_target_modules names
+    """
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)
+    try:
+        model.add_adapter(LoraConfig(
+            r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise data.InputError(f"lora_target_modules: {error}") from error
+
+
+def place_weights(policy, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    Where the compute dtype is another, each weight keeps a float32 copy, which the optimizer
-    updates and in which its gradients add up.
+    Where the compute dtype is another, each trained weight keeps a float32 copy, which the
+    optimizer updates and in which its gradients add up. An adapter's weights are float32 and are
+    cast where they are used; frozen weights are in the compute dtype alone.
 
     returns  weights by name, as the optimizer updates them, and (parameter, weights) copies
     """
@@ -328,10 +324,14 @@ def place_weights(model, config):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    weights, copies = dict(model.to(config.device).named_parameters()), []
-    for name, parameter in weights.items() if config.dtype != "float32" else ():
+    model, dtype, copies = policy.model.to(config.device), DTYPES[config.dtype], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in () if dtype == torch.float32 or config.lora_r else weights.items():
         weights[name] = weight = nn.Parameter(parameter.data)
-        parameter.data = weight.data.to(DTYPES[config.dtype])
+        parameter.data = weight.data.to(dtype)
         parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
         copies.append((parameter, weight))
     return weights, copies
@@ -342,17 +342,16 @@ def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
     returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
-    raises   Interrupted, between two rows
+    raises   KeyboardInterrupt, between two rows
     """
-    logps, title = torch.zeros(len(setup.pairs[split]), 2), f"{title}, {split} pairs"
-    say(f"{title}: {len(logps)}")
-    with progress(title, len(logps)) as bar:
-        for row in all_rows(setup, split):
+    logps = torch.zeros(len(setup.pairs[split]), 2)
+    with progress(f"{title}, {split}", len(logps)) as bar:
+        for row in setup.rows[split]:
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
             logps[row.pairs] = answers.view(-1, 2).float().cpu()
             bar.update(len(row.pairs))
-            if _signals and title.startswith("reference"):  # in training the step is saved first
-                raise Interrupted(_signals[0])
+            if _signals and title == "reference":  # in training the step is saved first
+                raise KeyboardInterrupt(_signals[0])
     return logps
 
 
@@ -366,7 +365,7 @@ def reference_logps(setup, config):
            config.device, config.length_normalize, torch.get_num_threads(), torch.__version__,
            transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
            [(row.input_ids.tolist(), row.segments) for split in setup.pairs
-            for row in all_rows(setup, split)]]
+            for row in setup.rows[split]]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     with contextlib.suppress(SafetensorError, OSError):  # there is none, or a damaged one
@@ -385,39 +384,37 @@ def prepare(config, dry=False):
     returns  what the runs of a sweep share, as attributes:
         model, tokenizer, policy (AnswerLogps)
         weights, copies   as from place_weights
-        pairs, steps      "train" and "eval" -> list of data.Pair; list of steps, lists of data.Row
+        pairs, rows       "train" and "eval" -> list of data.Pair; list of data.Row
+        steps             "train" and "eval" -> the rows by optimizer step, a list of lists
+        samples           pairs whose prompts the report shows answers to
         reference         "train" and "eval" -> (pairs, 2) log-probabilities; not in a dry run
         answers           the reference's, to the sample prompts; not in a dry run
         facts             what report and dry run say of data and machine
     """
-    model, tokenizer, stand_in = load_model(config)
-    train, held_out, drops, stand_ins = data.load_pairs(config, tokenizer)
-    pairs = {"train": train, "eval": held_out}
-    facts = {"drops": drops, "weights": digest_tensors(model.state_dict()),
-             "stand_ins": stand_ins + [f"{config.model} -> {stand_in}"] * bool(stand_in)}
-    policy = AnswerLogps(model, choose_layout(model, train + held_out))
+    model, tokenizer = load_model(config)
+    pairs, drops = data.load_pairs(config, tokenizer)
+    facts = {"drops": drops, "weights": digest_tensors(model.state_dict())}
+    policy = AnswerLogps(model, choose_layout(model, sum(pairs.values(), [])))
+    if config.lora_r:
+        add_adapter(model, config)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    weights, copies = place_weights(model, config)
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    weights, copies = place_weights(policy, config)
     per_step = config.batch_size * config.gradient_accumulation_steps
-    longest = config.batch_size * max(pair.tokens for pair in train + held_out)
-    steps = {split: [[data.make_row(part, indices, config.device) for indices in rows] for rows in
-                     data.group_into_steps(part, per_step, longest)]
+    longest = config.batch_size * max(p.tokens for part in pairs.values() for p in part)
+    steps = {split: data.group_into_steps(part, per_step, longest, config.device)
              for split, part in pairs.items()}
-    setup = SimpleNamespace(model=model, tokenizer=tokenizer, policy=policy, weights=weights,
-                            copies=copies, pairs=pairs, steps=steps, facts=facts)
+    setup = argparse.Namespace(
+        model=model, tokenizer=tokenizer, policy=policy, weights=weights, copies=copies,
+        pairs=pairs, steps=steps, rows={split: sum(part, []) for split, part in steps.items()},
+        samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts], facts=facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
         start = time.time()
         setup.reference = reference_logps(setup, config)
         facts["reference_seconds"] = time.time() - start
-        setup.answers = sample_answers(setup, config)
+        setup.answers = sample_answers(setup)
     return setup
-
-
-def all_rows(setup, split):
-    """All rows of a split, in order."""
-    return [row for rows in setup.steps[split] for row in rows]
 
 
 def describe_data(setup, config):
@@ -429,19 +426,18 @@ def describe_data(setup, config):
         yield f"  tokens, prompt once (0, 10, 50, 90, 100 %): {', '.join(map(str, spread))}"
         yield f"  cut to max_length or max_prompt_length: {sum(pair.cut for pair in pairs)}"
         yield from (f"  dropped, {why}: {n}" for why, n in setup.facts["drops"][split].items())
+    yield from (f"stand-in for {name}: {used}" for name, used in data.stand_ins_used.items())
 
 
 @torch.no_grad()
-def sample_answers(setup, config):
-    """Greedy answers to the first held-out prompts (training prompts if none is held out)."""
+def sample_answers(setup):
+    """Greedy answers to the prompts of setup.samples."""
     end, answers = data.PairTokenizer(setup.tokenizer).end_of_turn, []
-    for pair in (setup.pairs["eval"] or setup.pairs["train"])[: config.sample_prompts]:
+    greedy = transformers.GenerationConfig(max_new_tokens=128, eos_token_id=end, pad_token_id=end)
+    for pair in setup.samples:
         ids = torch.tensor([pair.prompt_ids], device=setup.model.device)
-        answer = setup.model.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False,
-            temperature=None, top_p=None, top_k=None, eos_token_id=end, pad_token_id=end)[0]
+        answer = setup.model.generate(ids, greedy, attention_mask=torch.ones_like(ids))[0]
         answers.append(setup.tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True))
-    setup.model.train()
     return answers
 
 
@@ -506,7 +502,7 @@ def checkpoint_tensors(weights, optimizer):
     """All tensors of a checkpoint by name, made where they are missing; to be saved or filled."""
     for weight in weights.values():
         optimizer.state[weight] = optimizer.state[weight] or {
-            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(weight),
+            "step": torch.zeros((), device=weight.device), "exp_avg": torch.zeros_like(weight),
             "exp_avg_sq": torch.zeros_like(weight)}
     return {f"{key}.{name}": tensor.data for name, weight in weights.items()
             for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
@@ -538,18 +534,16 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
 def load_checkpoint(folder, weights, optimizer):
     """Fill weights and optimizer from the newest undamaged checkpoint; returns step, seconds."""
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        try:
+        with contextlib.suppress(SafetensorError, OSError, KeyError, TypeError):  # told below
             with safe_open(path, "pt") as file:
                 digest, saved = file.metadata()["digest"], load_file(path)
-            if digest != digest_tensors(saved):
-                raise ValueError("its tensors are not those that were saved")
-            for name, tensor in checkpoint_tensors(weights, optimizer).items():
-                tensor.copy_(saved[name])
-            say(f"Resuming from {path}")
-            return int(saved["position"][0]), saved["position"][1].item()
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            say(f"Warning: {path} is damaged ({error}); the one before it is tried")
-            path.unlink()  # it would count as one of the two to keep
+            if digest == digest_tensors(saved):
+                for name, tensor in checkpoint_tensors(weights, optimizer).items():
+                    tensor.copy_(saved[name])
+                say(f"Resuming from {path}")
+                return int(saved["position"][0]), saved["position"][1].item()
+        say(f"Warning: {path} is damaged; the one before it is tried")
+        path.unlink()  # it would count as one of the two to keep
     return 0, 0.0
 
 
@@ -562,12 +556,28 @@ def read_rows(path, split=None):
     return [row for row in rows if split in (None, row["split"])]
 
 
-def log_row(path, step, split, figures, start):
+def open_tracker(config, folder, first):
+    """A function of figures and their step, from `first` on, that sends them to report_to."""
+    if config.report_to == "wandb":
+        import wandb
+
+        return wandb.init(project="train_dpo", name=folder.name, dir=folder, config=asdict(config),
+                          reinit="finish_previous").log
+    if config.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        add = SummaryWriter(folder, purge_step=first).add_scalar
+        return lambda figures, step: [add(name, value, step) for name, value in figures.items()]
+    return lambda figures, step: None
+
+
+def log_row(path, track, start, step, split, figures):
     """Append a row to metrics.jsonl; a figure that is not finite becomes JSON's nearest, null."""
     row = {"step": step, "split": split, **figures, "seconds": time.time() - start}
     row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    track({f"{split}/{k}": v for k, v in row.items() if isinstance(v, float)}, step)
 
 
 def evaluate(setup, config, logps=None):
@@ -582,12 +592,14 @@ def train_step(setup, config, group, optimizer, lr):
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
     """
     pairs, tables = [i for row in group for i in row.pairs], []
+    setup.model.train()
     for row in group:
         logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
         reference = setup.reference["train"][row.pairs].to(logps.device)
         losses, table = score(logps.view(-1, 2), reference, config)
         (losses.sum() / len(pairs)).backward()
         tables.append(table)
+    setup.model.eval()  # without lora_dropout
     norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf).item()
     figures = summarize(torch.cat(tables)) | {
         "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in group)}
@@ -605,7 +617,7 @@ def train_step(setup, config, group, optimizer, lr):
 def train(setup, config, folder):
     """Train one run to its end, from its newest checkpoint if it has one; fills metrics.jsonl.
 
-    raises   TrainingError, or Interrupted after a checkpoint
+    raises   FloatingPointError, or KeyboardInterrupt after a checkpoint
     """
     optimizer, steps = make_optimizer(setup.weights, config), setup.steps["train"]
     path, began = folder / "metrics.jsonl", time.time()
@@ -616,22 +628,21 @@ def train(setup, config, folder):
     copy_weights(setup.copies)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
-    if setup.pairs["eval"] and not first:
-        log_row(path, 0, "eval", evaluate(setup, config, setup.reference["eval"]), start)
     pairs, lost = [sum(len(row.pairs) for row in steps[i]) for i in order], 0
+    log = partial(log_row, path, open_tracker(config, folder, first + 1), start)
+    if setup.pairs["eval"] and not first:
+        log(0, "eval", evaluate(setup, config, setup.reference["eval"]))
     with progress("training", sum(pairs), sum(pairs[:first])) as bar:
         for step, index in enumerate(order[first:], first + 1):
             begin, last = time.time(), step == len(order)
-            rate = learning_rate(step - 1, len(order), config)
-            figures = train_step(setup, config, steps[index], optimizer, rate)
+            torch.manual_seed(config.seed + step)  # lora_dropout's; so there is no state to save
+            figures = train_step(setup, config, steps[index], optimizer,
+                                 learning_rate(step - 1, len(order), config))
             figures["tokens_per_second"] = figures["tokens"] / (time.time() - begin)
-            log_row(path, step, "train", figures, start)
+            log(step, "train", figures)
             shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
             left = (time.time() - began) / (step - first) * (len(order) - step)
-            if step == 1:
-                say(f"First loss minus ln 2: {figures['loss'] - math.log(2):.0e}")
-            if step % config.logging_every == 0:
-                bar.set_postfix_str(shown, refresh=False)
+            bar.set_postfix_str(shown, refresh=step % config.logging_every == 0)
             if bar.disable and step * 20 // len(order) > (step - 1) * 20 // len(order):
                 say(f"training {step}/{len(order)}, {left:.0f} s left: {shown}")
             bar.update(pairs[step - 1])
@@ -639,64 +650,56 @@ def train(setup, config, folder):
             if lost:
                 say(f"Step {step} skipped: not finite, with records {figures['skipped']}")
             if lost == 3:
-                raise TrainingError("not finite in three steps running: lower lr or take float32")
+                raise FloatingPointError("not finite three times running: lower lr or use float32")
             if setup.pairs["eval"] and (last or step % (config.eval_every or step + 1) == 0):
-                log_row(path, step, "eval", evaluate(setup, config), start)
+                log(step, "eval", evaluate(setup, config))
             if _signals or not lost and (last or step % (config.save_every or step + 1) == 0):
                 save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step,
                                 time.time() - start)
                 draw_curves(path)
             if _signals:
-                raise Interrupted(_signals[0])
-
-
-def draw(path, panels, size):
-    """Write a picture of panels: (title, x label, lines), a line being its style for errorbar."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 3), min(len(panels), 3)).flat
-    for axis, (title, label, lines) in zip(axes, panels, strict=True):
-        for line in lines:
-            axis.errorbar(**{"capsize": 3} | line)
-        axis.set(title=title, xlabel=label)
-        axis.legend(fontsize=8)
-    write_atomically(path, lambda file: figure.savefig(file, dpi=90, format="png"))
+                raise KeyboardInterrupt(_signals[0])
 
 
 def draw_curves(metrics):
     """curves.png beside metrics.jsonl: training smoothed, evaluation with 95 % intervals."""
-    import pandas
-
     trained, held_out = (pandas.DataFrame(read_rows(metrics, s)) for s in ("train", "eval"))
-    panels, x = [], {"x": trained["step"]}
-    for title in ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
-                  "rewards/chosen rewards/rejected"):
-        lines = [x | {"y": x["x"] * 0 + 0.6931, "fmt": "k:", "label": "ln 2"}] * (title == "loss")
-        for name, color in zip(title.split(), ("tab:blue", "tab:orange"), strict=False):
-            window = 1 if name == "lr" else 1 + len(trained) // 20
-            smooth = trained[name].rolling(window, min_periods=1).mean()
-            lines += [x | {"y": trained[name], "color": color, "alpha": 0.25, "linewidth": 0.8},
-                      x | {"y": smooth, "color": color, "label": f"{name}, training"}]
-            if f"{name}/ci95" in held_out:
-                lines.append({"x": held_out["step"], "y": held_out[name], "fmt": "o--", "mfc": "w",
-                              "yerr": held_out[f"{name}/ci95"].astype(float), "color": color,
-                              "label": f"{name}, held out"})
-        panels.append((title.replace(" ", ", "), "optimizer step", lines))
-    draw(metrics.with_name("curves.png"), panels, (12, 6.5))
+    figure = Figure((12, 6.5), layout="constrained")
+    for axis, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for name, color in zip(panel.split(), ("tab:blue", "tab:orange"), strict=False):
+            smooth = trained[name].rolling(1 + len(trained) // 20, 1).mean()
+            axis.plot(trained["step"], trained[name], color=color, alpha=0.25)
+            axis.plot(trained["step"], smooth, color=color, label=f"{name}, training")
+            if name in held_out:
+                axis.errorbar(held_out["step"], held_out[name], fmt="o--", color=color, capsize=3,
+                              yerr=held_out[f"{name}/ci95"].astype(float), label="held out")
+        if panel == "loss":
+            axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
+        axis.set(title=panel.replace(" ", ", "), xlabel="optimizer step")
+        axis.legend(fontsize=8)
+    write_atomically(metrics.with_name("curves.png"), partial(figure.savefig, format="png"))
 
 
 @torch.no_grad()
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    temporary, model, dtype = folder / "model.tmp", setup.model, DTYPES[config.save_dtype]
+    temporary, model, state = folder / "model.tmp", setup.model, setup.weights
     shutil.rmtree(temporary, ignore_errors=True)
+    if config.lora_r and config.lora_merge:
+        from peft import PeftModel
+
+        model.save_pretrained(temporary, state_dict=state)
+        model = PeftModel.from_pretrained(load_model(config)[0], temporary).merge_and_unload()
+        state = dict(model.named_parameters())
+        shutil.rmtree(temporary)
     end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
     known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
-    ends.eos_token_id = end if known in ([end], [None]) else sorted({end, *known})
-    model.save_pretrained(temporary, state_dict={n: w.to(dtype) for n, w in setup.weights.items()})
-    model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
-    model.config.save_pretrained(temporary)
+    ends.eos_token_id = end if {end, None}.issuperset(known) else sorted({end, *known})
+    model.save_pretrained(temporary, state_dict={
+        name: weight.to(DTYPES[config.save_dtype]) for name, weight in state.items()})
+    if (temporary / "config.json").exists():  # not beside an adapter
+        model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
+        model.config.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
     os.sync()
@@ -704,13 +707,13 @@ def save_model(setup, config, folder, card):
 
 
 def markdown(header, rows):
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """A Markdown table; a cell may hold several lines."""
+    cells = [[str(c).replace("|", "\\|").replace("\n", "<br>") for c in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *cells])
 
 
 def compare(held_out):
-    """Markdown: the evaluation before and after, and whether anything measurably changed."""
+    """Markdown: the evaluation before and after, and what of it changed measurably."""
     changed, rows = [], []
     for name in ("loss", "rewards/margins", "rewards/accuracies") if held_out else ():
         before, after, half = held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"]
@@ -718,109 +721,114 @@ def compare(held_out):
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
-    return f"{table}\n\nMeasurable change: {', '.join(changed) or 'no measurable change'}."
+    found = f"Measurable change: {', '.join(changed)}" if changed else "No measurable change"
+    return f"{table}\n\n{found}."
 
 
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
     metrics = folder / "metrics.jsonl"
     trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
-    memory = (torch.cuda.max_memory_allocated() if config.device.startswith("cuda") else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
     rate = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
-    speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began, at a median of "
-             f"{rate:.0f} tokens/s; {memory / 1e9:.1f} GB at most; "
-             f"{sum('skipped' in row for row in trained)} updates skipped")
-    facts = "\n".join([*describe_data(setup, config), *setup.facts["stand_ins"], speed])
-    quote = lambda text: "\n".join(f"> {line}" for line in text.splitlines() or [""])
-    samples = "\n\n---\n\n".join(
-        f"Prompt\n\n{quote(json.loads(pair.prompt)[-1]['content'])}\n\nReference\n\n{quote(before)}"
-        f"\n\nTrained\n\n{quote(after)}" for pair, before, after in zip(
-            setup.pairs["eval"] or setup.pairs["train"], setup.answers,
-            sample_answers(setup, config), strict=False))
-    body = (f"{evaluation}\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}```\n\n"
-            f"```\n{facts}\n```\n")
-    card = (f"---\nbase_model: {config.model}\ndatasets: [{config.dataset}]\nlicense: other\n"
-            "tags: [dpo]\n---\nAligned with Direct Preference Optimization (arXiv 2305.18290). The "
-            f"base model's licence applies.\n\n{body}")
+    speed = (f"{trained[-1]['seconds']:.0f} s since the reference pass began, {rate:.0f} tokens/s, "
+             f"{memory / 1e9:.1f} GB, {sum('skipped' in row for row in trained)} updates skipped")
+    facts = "\n".join([*describe_data(setup, config), speed])
+    prompts = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
+    samples = zip(prompts, setup.answers, sample_answers(setup), strict=True)
+    about = {"base_model": config.model, "datasets": [config.dataset], "license": "other"}
+    text = ("Direct Preference Optimization (arXiv 2305.18290); the base model's licence holds."
+            f"\n\n{evaluation}\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}"
+            f"```\n```\n{facts}\n```\n{markdown(('prompt', 'reference', 'trained'), samples)}\n")
+    report = f"# {folder.name}\n\n![curves](curves.png)\n\n{text}"
     draw_curves(metrics)
-    report = f"# {folder.name}\n\n![curves](curves.png)\n\n{body}\n## Answers\n\n{samples}\n"
     write_atomically(folder / "report.md", lambda file: file.write_text(report, "utf-8"))
-    save_model(setup, config, folder, card)
+    save_model(setup, config, folder, f"---\n{yaml.safe_dump(about)}---\n{text}")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
 
+def memory_estimate(parameters, trained, activations, config):
+    """Bytes that a run needs at most.
+
+    parameters   number of weights
+    trained      number of them that are trained: each has a gradient and two moments in float32
+    activations  tokens of the longest row times hidden size times layers
+    """
+    size = DTYPES[config.dtype].itemsize
+    copies = 0 if config.lora_r or size == 4 else size
+    kept = 1 if config.activation_checkpointing else 30
+    return (parameters - trained) * size + trained * (16 + copies) + activations * size * kept
+
+
+@torch.no_grad()
 def dry_run(setup, config):
     """Print the first pair as the model sees it, and what a run would take."""
-    pair, decode, shape = setup.pairs["train"][0], setup.tokenizer.decode, setup.model.config
+    pair, special = setup.pairs["train"][0], set(setup.tokenizer.all_special_ids)
+    paint = ("\033[{}m{}\033[0m" if sys.stdout.isatty() else "{1}").format
     for title, color, ids in (("prompt", 34, pair.prompt_ids), ("chosen", 32, pair.chosen_ids),
                               ("rejected", 31, pair.rejected_ids)):
-        special = {i: 35 for i in setup.tokenizer.all_special_ids}
-        text = (f"\033[{special.get(i, color)}m{decode(i)}\033[0m" if sys.stdout.isatty() else
-                decode(i) for i in ids)
+        text = (paint(35 if i in special else color, setup.tokenizer.decode(i)) for i in ids)
         say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
-    rows = sorted(all_rows(setup, "train"), key=lambda row: len(row.input_ids))
-    middle = rows[len(rows) // 2]
-    with torch.no_grad():
-        setup.policy(middle)
-        start = time.time()
-        setup.policy(middle)
-    per_token = (time.time() - start) / len(middle.input_ids)
-    passes = rows * (1 + 3 * config.epochs) + all_rows(setup, "eval") * 2
+    rows, shape = setup.rows["train"], setup.model.config.get_text_config()
+    longest, start = max(rows, key=lambda row: len(row.input_ids)), time.time()
+    setup.policy(longest)
+    per_token = (time.time() - start) / len(longest.input_ids)
+    passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * 2
     minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
-    # weights, float32 gradients and AdamW's moments; then the longest row's activations
-    size, kept = DTYPES[config.dtype].itemsize, 1 if config.activation_checkpointing else 30
-    memory = 0.8e9 + setup.model.num_parameters() * (16 + size * (size < 4)) + (
-        len(rows[-1].input_ids) * shape.hidden_size * shape.num_hidden_layers * size * kept)
+    memory = memory_estimate(
+        setup.model.num_parameters(), sum(weight.numel() for weight in setup.weights.values()),
+        len(longest.input_ids) * shape.hidden_size * shape.num_hidden_layers, config)
     say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
 def summarize_sweep(configs, varied):
     """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them."""
-    import pandas
-
     rows = [{name: getattr(config, name) for name in varied} | row for config in configs
             for row in read_rows(Path(config.output_dir) / "metrics.jsonl", "eval")[-1:]]
     folder, names = Path(configs[0].output_dir).parent, ["rewards/accuracies", "rewards/margins"]
     frame = pandas.DataFrame(rows).sort_values(names, ascending=False)
     frame.to_csv(folder / "sweep.csv", index=False)
-    best = frame[[*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]]
-    say(markdown(list(best), best.map(lambda v: f"{v:.4g}" if isinstance(v, float) else v).values))
+    shown = [*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]
+    say(frame[shown].to_string(index=False, float_format="{:.4g}".format))
     x = "lr" if "lr" in varied else varied[0]
     others = [name for name in varied if name != x] or ["split"]
-    draw(folder / "sweep.png", [(f"held out {name}, 95 % interval", x, [
-        {"x": part[x].astype(str), "y": part[name], "yerr": part[f"{name}/ci95"].astype(float),
-         "marker": "o", "label": " ".join(map(str, (*others, *label)))}
-        for label, part in frame.sort_values(x).groupby(others)]) for name in names], (11, 4))
+    figure = Figure((11, 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), names, strict=True):
+        for label, part in frame.sort_values(x).groupby(others):
+            axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"].astype(float),
+                          marker="o", capsize=3, label=" ".join(map(str, (*others, *label))))
+        axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
+        axis.legend(fontsize=8)
+    write_atomically(folder / "sweep.png", partial(figure.savefig, format="png"))
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
-def claim(folder, config, overwrite, stand_ins=()):
+def claim(folder, config, overwrite):
     """Lock a run's folder and note its settings there; a dead process does not keep the lock.
 
-    returns  the lock, which lasts until it is closed
+    returns  the lock, which lasts until it is released
     raises   InputError if another process holds it, or an unfinished run has other settings
     """
-    path, fresh = folder / "config.yaml", asdict(config)
+    path, fresh, lock = folder / "config.yaml", asdict(config), FileLock(folder / ".lock")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")  # noqa: SIM115
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"another process is training in {folder}") from None
-    for name in ("checkpoints", "model.tmp") if overwrite else ():
-        shutil.rmtree(folder / name, ignore_errors=True)
-    if overwrite and (folder / "model").exists():
-        os.replace(folder / "model", folder / "model.tmp")  # half a model would count as finished
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise data.InputError(f"another process is training in {folder}") from None
+    if overwrite:
+        for name in ("checkpoints", "model.tmp"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / "model").exists():
+            os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
     old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
     changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
                if name in fresh.keys() - HARMLESS and value != fresh[name]]
     if changed:
-        raise InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. Set it "
-                         "back, give another output_dir, or add --overwrite.")
-    notes = "".join(f"# Used as the Hub was out of reach: {name}\n" for name in stand_ins)
-    write_atomically(path, lambda file: file.write_text(notes + yaml.safe_dump(fresh), "utf-8"))
+        raise data.InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. "
+                              "Set it back, give another output_dir, or add --overwrite.")
+    note = f"# out of the Hub's reach, so replaced: {data.stand_ins_used or 'nothing'}\n"
+    write_atomically(path, lambda file: file.write_text(note + yaml.safe_dump(fresh), "utf-8"))
     return lock
 
 
@@ -840,7 +848,7 @@ def run(configs, varied, options):
             first = {n: w.detach().clone() for n, w in setup.weights.items()} if varied else {}
         if options.dry_run:
             return dry_run(setup, config)
-        with claim(folder, config, options.overwrite, setup.facts["stand_ins"]):
+        with claim(folder, config, options.overwrite):
             for name, weight in first.items():
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)
@@ -859,6 +867,7 @@ def main(arguments=None):
     parser.add_argument("--dry-run", action="store_true", help="show data and cost, train nothing")
     parser.add_argument("--overwrite", action="store_true", help="train finished runs anew")
     options = parser.parse_intermixed_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # the libraries' own, which no user can do anything about
@@ -868,19 +877,18 @@ def main(arguments=None):
         configs, varied = read_config(options.config, options.overrides)
         run([resolve_machine(config) for config in configs], varied, options)
         return 0
-    except Interrupted as stop:
+    except KeyboardInterrupt as stop:
         say("Interrupted. The same command goes on from the last checkpoint.")
         return 128 + stop.args[0]
-    except InputError as error:
+    except data.InputError as error:
         say(f"Error: {error}")
         return 2
-    except (TrainingError, OSError, SafetensorError) as error:
-        say(f"Stopped: {error}\nThe same command goes on from the last checkpoint, if any.")
-    except (MemoryError, RuntimeError) as error:
-        if type(error) is RuntimeError and "allocate memory" not in str(error):  # the CPU's words
+    except (FloatingPointError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate mem" in str(error):
+            error = "out of memory: lower batch_size, max_length, or set activation_checkpointing"
+        elif type(error) is RuntimeError:
             raise
-        say("Stopped: out of memory. Lower batch_size, max_length or max_prompt_length, or set "
-            "activation_checkpointing=true")
+        say(f"Stopped: {error}\nThe same command goes on from the last checkpoint, if any.")
     return 1
 
 

@@ -1,0 +1,242 @@
+"""What the optional packages serve: LoRA adapters by peft, figures to TensorBoard and wandb."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import (  # noqa: F401
+    CONFIG,
+    apart,
+    build,
+    dpo,
+    metrics,
+    overrides,
+    pairs_file,
+    plain_row_logps,
+    ready,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_dpo
+from train_dpo import read_config
+
+ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft")
+
+
+def train_all(setup, config):
+    """All steps of a run, without a folder; returns their figures."""
+    optimizer, steps = train_dpo.make_optimizer(setup.weights, config), setup.steps["train"]
+    return [train_dpo.train_step(setup, config, group, optimizer, config.lr) for group in steps]
+
+
+def held_out_logps(model, setup):
+    """Log-probabilities of the held-out answers by a loaded model's own forward."""
+    with torch.no_grad():
+        return plain_row_logps(model.eval(), setup.pairs["eval"])
+
+
+def policy_logps(setup):
+    with torch.no_grad():
+        rows = [setup.policy(row) for row in setup.rows["eval"]]
+    order = [i for row in setup.rows["eval"] for i in row.pairs]
+    lengths = [n for row in setup.rows["eval"] for n in row.lengths]
+    answers = torch.cat(rows).split(lengths)
+    by_pair = {i: answers[2 * k : 2 * k + 2] for k, i in enumerate(order)}
+    return torch.cat([logps for i in sorted(by_pair) for logps in by_pair[i]])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapters_first_loss_is_exactly_ln_2(peft, ready, dtype, dropout):
+    figures = train_all(*ready(**ADAPTER, dtype=dtype, lora_dropout=dropout))
+    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert figures[0]["rewards/margins"] == 0.0
+    assert figures[1]["loss"] != figures[0]["loss"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_the_adapter_is_trained_and_the_frozen_weights_are_in_the_compute_dtype(
+    peft, ready, dtype
+):
+    setup, config = ready(**ADAPTER, dtype=dtype)
+    parameters = dict(setup.model.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in parameters.items()}
+    train_all(setup, config)
+    changed = {name for name, weight in parameters.items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in parameters if ".lora_" in name} == set(setup.weights)
+    assert {weight.dtype for weight in setup.weights.values()} == {torch.float32}
+    frozen = {weight.dtype for name, weight in parameters.items() if name not in setup.weights}
+    assert frozen == {getattr(torch, dtype)}
+    assert len(changed) == 2 * 7 * 2  # A and B at 7 linear layers of 2 blocks; not at the LM head
+
+
+def test_the_reference_is_the_base_model_without_the_adapter(peft, ready, tiny_model):
+    setup, config = ready(**ADAPTER, train_pairs=4)
+    train_all(setup, config)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    lengths = [len(a) for p in setup.pairs["eval"] for a in (p.chosen_ids, p.rejected_ids)]
+    sums = torch.stack([part.sum() for part in held_out_logps(base, setup).split(lengths)])
+    torch.testing.assert_close(setup.reference["eval"].flatten(), sums, rtol=0, atol=1e-4)
+
+
+def test_lora_dropout_acts_in_training_and_not_in_evaluation(peft, ready):
+    norms = {}
+    for dropout in (0.0, 0.5):
+        setup, config = ready(**ADAPTER, lora_dropout=dropout, train_pairs=2)
+        torch.manual_seed(0)
+        norms[dropout] = train_all(setup, config)[0]["grad_norm"]
+        assert torch.equal(policy_logps(setup), policy_logps(setup))
+    assert norms[0.0] != pytest.approx(norms[0.5], rel=1e-3)
+
+
+def test_layers_may_be_named_by_a_regular_expression(peft, ready):
+    setup, _ = ready(**ADAPTER, lora_target_modules=r".*\.(q|v)_proj")
+    assert {name.split(".")[4] for name in setup.weights} == {"q_proj", "v_proj"}
+
+
+def test_layers_that_are_not_there_are_wrong_input(peft, dpo, capsys):
+    assert dpo(**ADAPTER, lora_target_modules="q_prj") == 2
+    assert "Error: lora_target_modules: " in capsys.readouterr().out
+
+
+def test_the_adapter_that_is_saved_loads_on_the_base_model_as_it_was_trained(
+    peft, dpo, ready, tiny_model
+):
+    kept, train = [], train_dpo.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "train", lambda setup, *given: [kept.append(setup),
+                                                                 train(setup, *given)])  # fmt: skip
+        assert dpo(**ADAPTER, epochs=2) == 0
+    names = {path.name for path in Path("out/model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} <= names
+    assert not {"model.safetensors", "config.json"} & names
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    expected = policy_logps(kept[0])
+    assert (held_out_logps(base, kept[0]) - expected).abs().max() > 1e-2
+    loaded = peft.PeftModel.from_pretrained(base, "out/model")
+    torch.testing.assert_close(held_out_logps(loaded, kept[0]), expected, rtol=0, atol=1e-4)
+    by_folder = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
+    torch.testing.assert_close(held_out_logps(by_folder, kept[0]), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
+    peft, tmp_path, dpo, tiny_model, family
+):
+    model = tiny_model
+    if family != "llama":
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        build(family, len(tokenizer)).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        model = str(tmp_path / "base")
+    kept, train = [], train_dpo.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "train", lambda setup, *given: [kept.append(setup),
+                                                                 train(setup, *given)])  # fmt: skip
+        assert dpo(**ADAPTER, model=model, lora_merge=True, epochs=2) == 0
+    assert not list(Path("out/model").glob("adapter*"))
+    merged = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
+    assert merged.config.dtype == torch.float32 and "lora" not in str(merged)
+    found, expected = held_out_logps(merged, kept[0]), policy_logps(kept[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    end = AutoTokenizer.from_pretrained("out/model").convert_tokens_to_ids("<|im_end|>")
+    assert end in torch.tensor([merged.generation_config.eos_token_id]).flatten()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo, checkpointing):
+    settings = ADAPTER | {"lora_dropout": 0.3, "epochs": 2, "save_every": 2,
+                          "activation_checkpointing": checkpointing}  # fmt: skip
+    assert dpo(**settings, output_dir="whole") == 0
+    steps, step = [], train_dpo.train_step
+
+    def stopped(*given):
+        steps.append(1)
+        if len(steps) == 3:
+            train_dpo._signals.append(15)
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "_signals", [])
+        patch.setattr(train_dpo, "train_step", stopped)
+        assert dpo(**settings) == 143
+    assert dpo(**settings) == 0
+    whole, resumed = (load_file(f"{folder}/model/adapter_model.safetensors")
+                      for folder in ("whole", "out"))  # fmt: skip
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert metrics("whole") == metrics()
+
+
+def test_runs_of_a_sweep_start_from_the_same_adapter(peft, dpo):
+    assert dpo(**ADAPTER, lr=[1e-3, 1e-4], output_dir="s/{lr}") == 0
+    assert dpo(**ADAPTER, lr=1e-4, output_dir="alone") == 0
+    swept, alone = (Path(folder) / "model/adapter_model.safetensors" for folder in
+                    ("s/0.0001", "alone"))  # fmt: skip
+    assert swept.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize("package, changes", [
+    ("peft", {"lora_r": 4}), ("wandb", {"report_to": "wandb"}),
+    ("tensorboard", {"report_to": "tensorboard"}),
+], ids=str)  # fmt: skip
+def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(
+    dpo, capsys, monkeypatch, package, changes
+):
+    monkeypatch.setattr(train_dpo, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(train_dpo, "prepare", lambda *_: pytest.fail("loaded a model"))
+    assert dpo(**changes) == 2
+    assert f"pip install {package}" in capsys.readouterr().out
+
+
+def test_no_optional_package_is_needed_where_none_is_asked_for(overrides, monkeypatch):
+    monkeypatch.setattr(train_dpo, "find_spec", lambda name: None)
+    (config,), _ = read_config(CONFIG, overrides())
+    assert train_dpo.resolve_machine(config) == config
+
+
+def test_tensorboard_gets_every_figure_of_metrics_once_also_after_a_resume(dpo):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings, step, steps = {"report_to": "tensorboard", "save_every": 1}, train_dpo.train_step, []
+
+    def stopped(*given):
+        steps.append(1)
+        if len(steps) == 2:
+            train_dpo._signals.append(2)
+        return step(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "_signals", [])
+        patch.setattr(train_dpo, "train_step", stopped)
+        assert dpo(**settings) == 130
+    assert dpo(**settings) == 0
+    events = EventAccumulator("out", size_guidance={"scalars": 0}).Reload()
+    for split, name in (("train", "loss"), ("train", "lr"), ("eval", "rewards/margins")):
+        sent = [(event.step, event.value) for event in events.Scalars(f"{split}/{name}")]
+        expected = [(row["step"], row[name]) for row in metrics(split=split)]
+        assert [step for step, _ in sent] == [step for step, _ in expected]
+        assert [value for _, value in sent] == pytest.approx([value for _, value in expected])
+
+
+def test_wandb_gets_the_figures_offline(dpo, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    assert dpo(report_to="wandb") == 0
+    wandb.finish()
+    (file,) = Path("out").rglob("run-*.wandb")
+    sent, rows = file.read_bytes(), metrics()
+    for row in rows:
+        assert json.dumps(row["loss"]).encode() in sent
+    assert sent.count(b"train/loss") >= len(metrics(split="train")) == 3
