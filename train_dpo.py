@@ -311,30 +311,28 @@ def add_adapter(model, config):
         raise data.InputError(f"lora_target_modules: {error}") from error
 
 
-def place_weights(policy, config):
+def place_weights(model, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    Where the compute dtype is another, each trained weight keeps a float32 copy, which the
-    optimizer updates and in which its gradients add up. An adapter's weights are float32 and are
-    cast where they are used; frozen weights are in the compute dtype alone.
+    The parameters compute; copy_weights rounds into them the trained weights, which the optimizer
+    updates and in which their gradients add up. In float32 both are one tensor. An adapter's
+    parameters are float32 and are cast where they are used; frozen ones have no such weight.
 
-    returns  weights by name, as the optimizer updates them, and (parameter, weights) copies
+    returns  trained weights by their parameter's name
     """
     def add_up(parameter, weight):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    model, dtype, copies = policy.model.to(config.device), DTYPES[config.dtype], []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in () if dtype == torch.float32 or config.lora_r else weights.items():
-        weights[name] = weight = nn.Parameter(parameter.data)
-        parameter.data = weight.data.to(dtype)
-        parameter.register_post_accumulate_grad_hook(lambda p, w=weight: add_up(p, w))
-        copies.append((parameter, weight))
-    return weights, copies
+    weights = {}
+    for name, parameter in model.to(config.device).named_parameters():
+        weight = nn.Parameter(parameter.data)
+        if not (config.lora_r and parameter.requires_grad):
+            parameter.data = weight.data.to(DTYPES[config.dtype])
+        if parameter.requires_grad:
+            weights[name] = weight
+            parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
+    return weights
 
 
 @torch.no_grad()
@@ -383,7 +381,7 @@ def prepare(config, dry=False):
 
     returns  what the runs of a sweep share, as attributes:
         model, tokenizer, policy (AnswerLogps)
-        weights, copies   as from place_weights
+        weights           as from place_weights
         pairs, rows       "train" and "eval" -> list of data.Pair; list of data.Row
         steps             "train" and "eval" -> the rows by optimizer step, a list of lists
         samples           pairs whose prompts the report shows answers to
@@ -399,14 +397,14 @@ def prepare(config, dry=False):
         add_adapter(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    weights, copies = place_weights(policy, config)
+    weights = place_weights(model, config)
     per_step = config.batch_size * config.gradient_accumulation_steps
     longest = config.batch_size * max(p.tokens for part in pairs.values() for p in part)
     steps = {split: data.group_into_steps(part, per_step, longest, config.device)
              for split, part in pairs.items()}
     setup = argparse.Namespace(
-        model=model, tokenizer=tokenizer, policy=policy, weights=weights, copies=copies,
-        pairs=pairs, steps=steps, rows={split: sum(part, []) for split, part in steps.items()},
+        model=model, tokenizer=tokenizer, policy=policy, weights=weights, pairs=pairs,
+        steps=steps, rows={split: sum(part, []) for split, part in steps.items()},
         samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts], facts=facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
@@ -478,11 +476,10 @@ def make_optimizer(weights, config):
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-@torch.no_grad()
-def copy_weights(copies):
+def copy_weights(setup):
     """Round the float32 weights into the parameters that compute."""
-    for parameter, weight in copies:
-        parameter.copy_(weight)
+    for name, weight in setup.weights.items():
+        setup.model.get_parameter(name).data.copy_(weight.data)
 
 
 def write_atomically(path, write):
@@ -610,7 +607,7 @@ def train_step(setup, config, group, optimizer, lr):
     else:
         figures["skipped"] = [setup.pairs["train"][i].index for i in pairs]
     optimizer.zero_grad()
-    copy_weights(setup.copies)
+    copy_weights(setup)
     return figures
 
 
@@ -625,7 +622,7 @@ def train(setup, config, folder):
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
     first, seconds = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
     start = began - (seconds if first else setup.facts["reference_seconds"])
-    copy_weights(setup.copies)
+    copy_weights(setup)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
     pairs, lost = [sum(len(row.pairs) for row in steps[i]) for i in order], 0
