@@ -495,16 +495,6 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def checkpoint_tensors(weights, optimizer):
-    """All tensors of a checkpoint by name, made where they are missing; to be saved or filled."""
-    for weight in weights.values():
-        optimizer.state[weight] = optimizer.state[weight] or {
-            "step": torch.zeros((), device=weight.device), "exp_avg": torch.zeros_like(weight),
-            "exp_avg_sq": torch.zeros_like(weight)}
-    return {f"{key}.{name}": tensor.data for name, weight in weights.items()
-            for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
-
-
 def digest_tensors(tensors):
     """sha256 of tensors and their names."""
     digest = hashlib.sha256()
@@ -520,7 +510,8 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
     step, seconds  all else that a run goes on from; the rest is derived from the config
     raises         OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
-    tensors = checkpoint_tensors(weights, optimizer)
+    tensors = {f"{key}.{name}": tensor.data for name, weight in weights.items()
+               for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
     tensors["position"] = torch.tensor([step, seconds], dtype=torch.float64)
     write_atomically(folder / f"step_{step:07d}.safetensors", lambda file: save_file(
         tensors, file, {"digest": digest_tensors(tensors)}))
@@ -531,12 +522,14 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
 def load_checkpoint(folder, weights, optimizer):
     """Fill weights and optimizer from the newest undamaged checkpoint; returns step, seconds."""
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        with contextlib.suppress(SafetensorError, OSError, KeyError, TypeError):  # told below
-            with safe_open(path, "pt") as file:
-                digest, saved = file.metadata()["digest"], load_file(path)
-            if digest == digest_tensors(saved):
-                for name, tensor in checkpoint_tensors(weights, optimizer).items():
-                    tensor.copy_(saved[name])
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+            saved = load_file(path)
+            if (file.metadata() or {}).get("digest") == digest_tensors(saved):
+                for name, weight in weights.items():
+                    weight.data.copy_(saved[f"weight.{name}"])
+                    optimizer.state[weight] = {  # empty before the first step that was not skipped
+                        key: saved[f"{key}.{name}"].to(weight.device, copy=True)
+                        for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
                 say(f"Resuming from {path}")
                 return int(saved["position"][0]), saved["position"][1].item()
         say(f"Warning: {path} is damaged; the one before it is tried")
