@@ -738,19 +738,6 @@ def finish(setup, config, folder):
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
 
-def memory_estimate(parameters, trained, activations, config):
-    """Bytes that a run needs at most.
-
-    parameters   number of weights
-    trained      number of them that are trained: each has a gradient and two moments in float32
-    activations  tokens of the longest row times hidden size times layers
-    """
-    size = DTYPES[config.dtype].itemsize
-    copies = 0 if config.lora_r or size == 4 else size
-    kept = 1 if config.activation_checkpointing else 30
-    return (parameters - trained) * size + trained * (16 + copies) + activations * size * kept
-
-
 @torch.no_grad()
 def dry_run(setup, config):
     """Print the first pair as the model sees it, and what a run would take."""
@@ -766,10 +753,13 @@ def dry_run(setup, config):
     per_token = (time.time() - start) / len(longest.input_ids)
     passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * 2
     minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
-    memory = memory_estimate(
-        setup.model.num_parameters(), sum(weight.numel() for weight in setup.weights.values()),
-        len(longest.input_ids) * shape.hidden_size * shape.num_hidden_layers, config)
-    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")
+    weights = setup.weights.values()  # in float32 the parameters are the same memory
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*setup.model.parameters(), *weights)}
+    trained = 3 * sum(weight.nbytes for weight in weights)  # a gradient and two moments each
+    hidden = len(longest.input_ids) * shape.hidden_size * DTYPES[config.dtype].itemsize
+    kept = hidden * shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
+    memory = (sum(held.values()) + trained + kept) / 1e9
+    say(f"Estimate: {minutes:.1f} minutes and {memory:.1f} GB of memory")
 
 
 def summarize_sweep(configs, varied):
