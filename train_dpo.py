@@ -152,8 +152,7 @@ def progress(title, total, done=0):
     """A tqdm bar on a terminal; elsewhere a line, for logs are no place for a bar."""
     if not sys.stderr.isatty():
         say(f"{title}: {total} pairs")
-    return tqdm(total=total, initial=done, desc=title, unit="pair", dynamic_ncols=True,
-                disable=not sys.stderr.isatty())
+    return tqdm(None, title, total, initial=done, unit="pair", dynamic_ncols=True, disable=None)
 
 
 say = tqdm.write  # above any bar
