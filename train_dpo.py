@@ -226,18 +226,16 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
     if not segments:  # generation
         sdpa = transformers.AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, mask, scaling=scaling)
-    outputs, start = [], 0
+    outputs, lengths = [], [sum(segment) for segment in segments]
     attend = partial(nn.functional.scaled_dot_product_attention, scale=scaling,
                      enable_gqa=query.shape[1] != key.shape[1])
-    for prompt, chosen, rejected in segments:
-        middle, end = start + prompt + chosen, start + prompt + chosen + rejected
-        q, k, v = (x[:, :, start:middle] for x in (query, key, value))
-        outputs.append(attend(q, k, v, is_causal=True))
-        k, v = (torch.cat((x[:, :, start : start + prompt], x[:, :, middle:end]), 2)
-                for x in (key, value))
+    pairs = zip(*(x.split(lengths, 2) for x in (query, key, value)), segments, strict=True)
+    for q, k, v, (prompt, chosen, rejected) in pairs:
+        middle = prompt + chosen
+        outputs.append(attend(*(x[:, :, :middle] for x in (q, k, v)), is_causal=True))
+        k, v = (torch.cat((x[:, :, :prompt], x[:, :, middle:]), 2) for x in (k, v))
         seen = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=q.device)
-        outputs.append(attend(query[:, :, middle:end], k, v, attn_mask=seen.tril(prompt)))
-        start = end
+        outputs.append(attend(q[:, :, middle:], k, v, attn_mask=seen.tril(prompt)))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 
