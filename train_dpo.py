@@ -171,9 +171,8 @@ def resolve_machine(config):
     raises   InputError for a device that is not there or a package that is not installed
     """
     needs = {"peft": config.lora_r, config.report_to: config.report_to != "none"}
-    for package, needed in needs.items():
-        if needed and not find_spec(package):
-            raise data.InputError(f"this config needs {package}: pip install {package}")
+    for package in (name for name, needed in needs.items() if needed and not find_spec(name)):
+        raise data.InputError(f"this config needs {package}: pip install {package}")
     device, dtype, cpu = config.device, config.dtype, torch.cpu.get_capabilities()
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
