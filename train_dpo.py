@@ -787,9 +787,8 @@ def claim(folder, config, overwrite):
     raises   InputError if another process holds it, or an unfinished run has other settings
     """
     path, fresh, lock = folder / "config.yaml", asdict(config), FileLock(folder / ".lock")
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0)  # makes the folder too
     except Timeout:
         raise data.InputError(f"another process is training in {folder}") from None
     if overwrite:
