@@ -358,8 +358,7 @@ def reference_logps(setup, config):
     key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
            config.device, config.length_normalize, torch.get_num_threads(), torch.__version__,
            transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
-           [(row.input_ids.tolist(), row.segments) for split in setup.pairs
-            for row in setup.rows[split]]]
+           [(row.input_ids.tolist(), row.segments) for row in sum(setup.rows.values(), [])]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     with contextlib.suppress(SafetensorError, OSError):  # there is none, or a damaged one
