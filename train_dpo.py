@@ -766,11 +766,10 @@ def summarize_sweep(configs, varied):
     frame.to_csv(folder / "sweep.csv", index=False)
     shown = [*varied, *(f"{name}{end}" for name in names for end in ("", "/ci95")), "loss"]
     say(frame[shown].to_string(index=False, float_format="{:.4g}".format))
-    x = "lr" if "lr" in varied else varied[0]
-    others = [name for name in varied if name != x] or ["split"]
+    x, *others = sorted(varied, key=lambda name: name != "lr")  # lr on the axis, if it varies
     figure = Figure((11, 4), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2), names, strict=True):
-        for label, part in frame.sort_values(x).groupby(others):
+        for label, part in frame.sort_values(x).groupby(others or ["split"]):
             axis.errorbar(part[x].astype(str), part[name], part[f"{name}/ci95"].astype(float),
                           marker="o", capsize=3, label=" ".join(map(str, (*others, *label))))
         axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
