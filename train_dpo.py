@@ -750,11 +750,11 @@ def dry_run(setup, config):
     minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
     weights = setup.weights.values()  # in float32 the parameters are the same memory
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*setup.model.parameters(), *weights)}
-    trained = 3 * sum(weight.nbytes for weight in weights)  # a gradient and two moments each
-    hidden = len(longest.input_ids) * shape.hidden_size * DTYPES[config.dtype].itemsize
-    kept = hidden * shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
-    memory = (sum(held.values()) + trained + kept) / 1e9
-    say(f"Estimate: {minutes:.1f} minutes and {memory:.1f} GB of memory")
+    kept = shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
+    activations = len(longest.input_ids) * shape.hidden_size * kept * DTYPES[config.dtype].itemsize
+    # each trained weight also has a gradient and two moments
+    memory = sum(held.values()) + 3 * sum(weight.nbytes for weight in weights) + activations
+    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")
 
 
 def summarize_sweep(configs, varied):
