@@ -606,30 +606,29 @@ def train(setup, config, folder):
     """
     optimizer, steps = make_optimizer(setup.weights, config), setup.steps["train"]
     path, began = folder / "metrics.jsonl", time.time()
-    order = [i for epoch in range(config.epochs) for i in data.visiting_order(
+    order = [steps[i] for epoch in range(config.epochs) for i in data.visiting_order(
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
     first, seconds = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
     start = began - (seconds if first else setup.facts["reference_seconds"])
     copy_weights(setup)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
-    pairs, lost = [sum(len(row.pairs) for row in steps[i]) for i in order], 0
+    pairs, total, lost = [sum(len(row.pairs) for row in group) for group in order], len(order), 0
     log = partial(log_row, path, open_tracker(config, folder, first + 1), start)
     if setup.pairs["eval"] and not first:
         log(0, "eval", evaluate(setup, config, setup.reference["eval"]))
     with progress("training", sum(pairs), sum(pairs[:first])) as bar:
-        for step, index in enumerate(order[first:], first + 1):
-            begin, last = time.time(), step == len(order)
+        for step, group in enumerate(order[first:], first + 1):
+            begin, last, lr = time.time(), step == total, learning_rate(step - 1, total, config)
             torch.manual_seed(config.seed + step)  # lora_dropout's; so there is no state to save
-            figures = train_step(setup, config, steps[index], optimizer,
-                                 learning_rate(step - 1, len(order), config))
+            figures = train_step(setup, config, group, optimizer, lr)
             figures["tokens_per_second"] = figures["tokens"] / (time.time() - begin)
             log(step, "train", figures)
             shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
-            left = (time.time() - began) / (step - first) * (len(order) - step)
+            left = (time.time() - began) / (step - first) * (total - step)
             bar.set_postfix_str(shown, refresh=step % config.logging_every == 0)
-            if bar.disable and step * 20 // len(order) > (step - 1) * 20 // len(order):
-                say(f"training {step}/{len(order)}, {left:.0f} s left: {shown}")
+            if bar.disable and step * 20 // total > (step - 1) * 20 // total:
+                say(f"training {step}/{total}, {left:.0f} s left: {shown}")
             bar.update(pairs[step - 1])
             lost = lost + 1 if "skipped" in figures else 0
             if lost:
