@@ -668,14 +668,13 @@ def draw_curves(metrics):
 def save_model(setup, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
     temporary, model, state = folder / "model.tmp", setup.model, setup.weights
-    shutil.rmtree(temporary, ignore_errors=True)
     if config.lora_r and config.lora_merge:
         from peft import PeftModel
 
         model.save_pretrained(temporary, state_dict=state)
         model = PeftModel.from_pretrained(load_model(config)[0], temporary).merge_and_unload()
         state = dict(model.named_parameters())
-        shutil.rmtree(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
     end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
     known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
     ends.eos_token_id = end if {end, None}.issuperset(known) else sorted({end, *known})
