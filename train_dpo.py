@@ -49,7 +49,6 @@ from tqdm import tqdm
 import data
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline",
@@ -324,7 +323,7 @@ def place_weights(model, config):
     for name, parameter in model.to(config.device).named_parameters():
         weight = nn.Parameter(parameter.data)
         if not (config.lora_r and parameter.requires_grad):
-            parameter.data = weight.data.to(DTYPES[config.dtype])
+            parameter.data = weight.data.to(getattr(torch, config.dtype))
         if parameter.requires_grad:
             weights[name] = weight
             parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
@@ -679,7 +678,7 @@ def save_model(setup, config, folder, card):
     known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
     ends.eos_token_id = end if {end, None}.issuperset(known) else sorted({end, *known})
     model.save_pretrained(temporary, state_dict={
-        name: weight.to(DTYPES[config.save_dtype]) for name, weight in state.items()})
+        name: weight.to(getattr(torch, config.save_dtype)) for name, weight in state.items()})
     if (temporary / "config.json").exists():  # not beside an adapter
         model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
         model.config.save_pretrained(temporary)
@@ -749,7 +748,7 @@ def dry_run(setup, config):
     weights = setup.weights.values()  # in float32 the parameters are the same memory
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*setup.model.parameters(), *weights)}
     kept = shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
-    activations = len(longest.input_ids) * shape.hidden_size * kept * DTYPES[config.dtype].itemsize
+    activations = len(longest.input_ids) * shape.hidden_size * kept * setup.model.dtype.itemsize
     # each trained weight also has a gradient and two moments
     memory = sum(held.values()) + 3 * sum(weight.nbytes for weight in weights) + activations
     say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")

@@ -77,7 +77,7 @@ def measure_ours(options):
         flops += 2 * shape.vocab_size * shape.hidden_size * len(row.targets)
         flops += 4 * seen * shape.hidden_size * shape.num_hidden_layers
     tokens = sum(pair.tokens for pair in setup.pairs["train"])
-    peak = matmul_peak(train_dpo.DTYPES[config.dtype])
+    peak = matmul_peak(getattr(torch, config.dtype))
     return {"seconds": seconds / len(setup.pairs["train"]), "memory": peak_memory(),
             "losses": losses, "tokens": tokens / seconds, "peak": 4 * flops / seconds / peak,
             "reference": setup.facts["reference_seconds"], "threads": torch.get_num_threads()}
