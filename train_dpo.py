@@ -309,11 +309,11 @@ def add_adapter(model, config):
 def place_weights(model, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    The parameters compute; copy_weights rounds into them the trained weights, which the optimizer
-    updates and in which their gradients add up. In float32 both are one tensor. An adapter's
-    parameters are float32 and are cast where they are used; frozen ones have no such weight.
+    The parameters compute. What the optimizer updates is a float32 weight behind each trained
+    parameter: gradients add up in it, and load_state_dict rounds it back. Where the parameter is
+    float32 too, both are one memory. An adapter's parameters are, and are cast where they are used.
 
-    returns  trained weights by their parameter's name
+    returns  the trained weights by their parameters' names
     """
     def add_up(parameter, weight):
         grad, parameter.grad = parameter.grad, None
@@ -470,12 +470,6 @@ def make_optimizer(weights, config):
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
-def copy_weights(setup):
-    """Round the float32 weights into the parameters that compute."""
-    for name, weight in setup.weights.items():
-        setup.model.get_parameter(name).data.copy_(weight.data)
-
-
 def write_atomically(path, write):
     """Let write(temporary path) make a file; a crash leaves the old one or the new one whole."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -594,7 +588,7 @@ def train_step(setup, config, group, optimizer, lr):
     else:
         figures["skipped"] = [setup.pairs["train"][i].index for i in pairs]
     optimizer.zero_grad()
-    copy_weights(setup)
+    setup.model.load_state_dict(setup.weights, strict=False)  # rounds to the compute dtype
     return figures
 
 
@@ -609,7 +603,7 @@ def train(setup, config, folder):
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
     first, seconds = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
     start = began - (seconds if first else setup.facts["reference_seconds"])
-    copy_weights(setup)
+    setup.model.load_state_dict(setup.weights, strict=False)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
     pairs, total, lost = [sum(len(row.pairs) for row in group) for group in order], len(order), 0
