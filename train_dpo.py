@@ -492,15 +492,15 @@ def digest_tensors(tensors):
     return digest.hexdigest()
 
 
-def save_checkpoint(folder, weights, optimizer, step, seconds):
+def save_checkpoint(folder, weights, optimizer, step):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
-    step, seconds  all else that a run goes on from; the rest is derived from the config
-    raises         OSError or SafetensorError, as on a full disk; the earlier ones stay
+    step    all else that a run goes on from; the rest follows from config and metrics.jsonl
+    raises  OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
     tensors = {f"{key}.{name}": tensor.data for name, weight in weights.items()
                for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
-    tensors["position"] = torch.tensor([step, seconds], dtype=torch.float64)
+    tensors["position"] = torch.tensor([step], dtype=torch.float64)
     write_atomically(folder / f"step_{step:07d}.safetensors", lambda file: save_file(
         tensors, file, {"digest": digest_tensors(tensors)}))
     for old in sorted(folder.glob("*.safetensors"))[:-2]:
@@ -508,7 +508,7 @@ def save_checkpoint(folder, weights, optimizer, step, seconds):
 
 
 def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; returns step, seconds."""
+    """Fill weights and optimizer from the newest undamaged checkpoint; returns its step, or 0."""
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
         with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
             saved = load_file(path)
@@ -519,10 +519,10 @@ def load_checkpoint(folder, weights, optimizer):
                         key: saved[f"{key}.{name}"].to(weight.device, copy=True)
                         for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
                 say(f"Resuming from {path}")
-                return int(saved["position"][0]), saved["position"][1].item()
+                return int(saved["position"][0])
         say(f"Warning: {path} is damaged; the one before it is tried")
         path.unlink()  # it would count as one of the two to keep
-    return 0, 0.0
+    return 0
 
 
 def read_rows(path, split=None):
@@ -601,11 +601,11 @@ def train(setup, config, folder):
     path, began = folder / "metrics.jsonl", time.time()
     order = [steps[i] for epoch in range(config.epochs) for i in data.visiting_order(
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
-    first, seconds = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
-    start = began - (seconds if first else setup.facts["reference_seconds"])
+    first = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
     setup.model.load_state_dict(setup.weights, strict=False)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
+    start = began - (json.loads(kept[-1])["seconds"] if kept else setup.facts["reference_seconds"])
     pairs, total, lost = [sum(len(row.pairs) for row in group) for group in order], len(order), 0
     log = partial(log_row, path, open_tracker(config, folder, first + 1), start)
     if setup.pairs["eval"] and not first:
@@ -631,8 +631,7 @@ def train(setup, config, folder):
             if setup.pairs["eval"] and (last or step % (config.eval_every or step + 1) == 0):
                 log(step, "eval", evaluate(setup, config))
             if _signals or not lost and (last or step % (config.save_every or step + 1) == 0):
-                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step,
-                                time.time() - start)
+                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step)
                 draw_curves(path)
             if _signals:
                 raise KeyboardInterrupt(_signals[0])
