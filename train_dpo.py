@@ -691,8 +691,9 @@ def compare(held_out):
     """Markdown: the evaluation before and after, and what of it changed measurably."""
     changed, rows = [], []
     for name in ("loss", "rewards/margins", "rewards/accuracies") if held_out else ():
-        before, after, half = held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"]
-        half = math.nan if half is None else half  # there was one pair only
+        figures = held_out[0][name], held_out[-1][name], held_out[-1][f"{name}/ci95"]
+        # null is what was not finite, such as the interval of one pair only
+        before, after, half = (math.nan if figure is None else figure for figure in figures)
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
