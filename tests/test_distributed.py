@@ -1,0 +1,166 @@
+"""Several processes by torchrun and FSDP2: the same run as one process, on gloo here."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import CONFIG, build, metrics, overrides, pairs_file, tiny_model  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(CONFIG).parent
+RUN = {"train_pairs": 7, "eval_pairs": 3, "epochs": 2, "eval_every": 2, "save_every": 1,
+       "sample_prompts": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(overrides, tmp_path_factory):
+    """A function that starts a run of so many processes in a folder of its own."""
+    folder = tmp_path_factory.mktemp("distributed")
+
+    def started(name, processes, **changes):
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
+        settings = overrides(**RUN | changes | {"output_dir": str(folder / name)})
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        command = [*launcher, str(ROOT / "train_dpo.py"), "--config", CONFIG, *settings]
+        return folder / name, subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True)  # fmt: skip
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def finish(start):
+    """A function that runs a run to its end; returns its folder and what it printed."""
+
+    def finished(*given, **changes):
+        folder, process = start(*given, **changes)
+        printed, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, printed + errors
+        return folder, printed
+
+    return finished
+
+
+@pytest.fixture(scope="module")
+def one(finish):
+    return finish("one", 1)
+
+
+@pytest.fixture(scope="module")
+def two(finish):
+    return finish("two", 2)
+
+
+@pytest.fixture(scope="module")
+def killed(start):
+    """The folder of a run of two processes, killed after its third checkpoint."""
+    folder, process = start("killed", 2)
+    while process.poll() is None and not (folder / "checkpoints/step_0000003.safetensors").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in subprocess.run(["pgrep", "-f", f"output_dir=\"?{folder}"], check=False, text=True,
+                              capture_output=True).stdout.split():  # fmt: skip
+        os.kill(int(pid), signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "model").exists()
+    return folder
+
+
+def losses(folder):
+    return [row["loss"] for row in metrics(folder)]
+
+
+def weights(folder):
+    return load_file(folder / "model/model.safetensors")
+
+
+def assert_same_run(folder, other, tolerance=1e-5):
+    """Every step and evaluation once in both, with the same losses."""
+    steps = [[(row["step"], row["split"]) for row in metrics(f)] for f in (folder, other)]
+    assert steps[0] == steps[1] and len(set(steps[0])) == len(steps[0]) == 8 + 5
+    assert losses(folder) == pytest.approx(losses(other), abs=tolerance)
+
+
+def test_two_processes_give_the_losses_and_the_model_of_one(one, two):
+    assert_same_run(one[0], two[0])
+    whole, gathered = weights(one[0]), weights(two[0])
+    assert whole.keys() == gathered.keys()
+    assert max((weight - gathered[n]).abs().max() for n, weight in whole.items()) < 1e-4
+    assert AutoModelForCausalLM.from_pretrained(two[0] / "model").config.dtype == torch.float32
+    names = [{path.name for path in folder.iterdir()} for folder, _ in (one, two)]
+    assert names[0] == names[1]
+
+
+def test_one_of_the_processes_alone_prints(one, two):
+    assert two[1].count("held out") == one[1].count("held out") == 1
+    assert two[1].count("training 1/8") == 1
+
+
+def test_a_run_killed_at_two_processes_ends_at_two_with_the_same_bytes(finish, killed, two):
+    shutil.copytree(killed, killed.with_name("again"))
+    folder, printed = finish("again", 2)
+    assert "Resuming from" in printed
+    assert metrics(folder) == metrics(two[0])
+    assert (folder / "model/model.safetensors").read_bytes() == (
+        two[0] / "model/model.safetensors").read_bytes()  # fmt: skip
+
+
+def test_a_run_killed_at_two_processes_ends_at_one_with_the_same_losses(finish, killed, two):
+    shutil.copytree(killed, killed.with_name("alone"))
+    folder, printed = finish("alone", 1)
+    assert "Resuming from" in printed
+    assert_same_run(folder, two[0])
+
+
+def test_sigterm_saves_the_step_in_hand_of_all_processes(start, finish, two):
+    folder, process = start("stopped", 2, save_every=0)
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            if len(losses(folder)) > 2:
+                break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+    folder, printed = finish("stopped", 2, save_every=0)
+    assert "Resuming from" in printed and metrics(folder) == metrics(two[0])
+
+
+def test_an_adapter_of_two_processes_has_the_losses_of_one(finish):
+    pytest.importorskip("peft")
+    folders = [finish(f"adapter{n}", n, lora_r=4)[0] for n in (1, 2)]
+    assert_same_run(*folders)
+    whole, gathered = (load_file(f / "model/adapter_model.safetensors") for f in folders)
+    assert whole.keys() == gathered.keys()
+    assert max((weight - gathered[n]).abs().max() for n, weight in whole.items()) < 1e-4
+
+
+def test_wrong_input_ends_all_processes_with_one_message(start):
+    _, process = start("wrong", 2, dataset="no.jsonl")
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert printed.count("Error: dataset no.jsonl: no such file") == 1
+
+
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder and no pairs")
+def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
+    model, pairs = os.environ["SMOLLM2"].split(",")
+    changes = {"model": model, "dataset": pairs, "train_pairs": 6, "eval_pairs": 0, "epochs": 1,
+               "lr": 5e-6, "max_length": 512, "save_every": 0, "sample_prompts": 0}  # fmt: skip
+    one, two = (losses(finish(f"real{n}", n, **changes)[0]) for n in (1, 2))
+    print(json.dumps([one, two]))
+    assert one == pytest.approx(two, abs=1e-5) and len(one) == 3
