@@ -4,6 +4,7 @@
     python train_dpo.py --config config.yaml beta=0.2 lr=5e-7       with other settings
     python train_dpo.py --config config.yaml "lr=[1e-7, 1e-6]"      a sweep
     python train_dpo.py --config config.yaml --dry-run              look at the data, train nothing
+    torchrun --nproc-per-node=2 train_dpo.py --config config.yaml   the same on two GPUs
 
 From top to bottom, as main() runs it:
     read_config   config.yaml and overrides -> a Config for each run of the sweep

@@ -173,7 +173,7 @@ def compare(options):
     from train_dpo import load_model
 
     config = our_config(options)
-    pairs = data.load_pairs(config, load_model(config)[1])[0]
+    pairs = data.load_pairs(config, load_model(config)[1])[0]["train"]
     ids = Path(tempfile.mkdtemp()) / "ids.json"
     ids.write_text(json.dumps([
         {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}

@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from test_data import DANUBE, tiny, write_jsonl
 from test_train import (  # noqa: F401
     CONFIG,
     apart,
@@ -17,6 +21,7 @@ from test_train import (  # noqa: F401
     pairs_file,
     plain_row_logps,
     ready,
+    records,
     tiny_model,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -150,6 +155,42 @@ def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     end = AutoTokenizer.from_pretrained("out/model").convert_tokens_to_ids("<|im_end|>")
     assert end in torch.tensor([merged.generation_config.eos_token_id]).flatten()
+
+
+def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp_path, dpo, capsys):
+    readme = Path(train_dpo.__file__).with_name("README.md").read_text()
+    (command,) = re.findall(r"config\.yaml (model=h2oai/h2o-danube.*)", readme)
+    recipe = dict(word.split("=", 1) for word in shlex.split(command))
+    names = recipe["dataset"].split(", ")
+    assert [name.partition(":")[0] for name in names] == [
+        "HuggingFaceH4/ultrafeedback_binarized", "Intel/orca_dpo_pairs",
+        "argilla/distilabel-math-preference-dpo"]  # fmt: skip
+    tokenizer = tiny(DANUBE, eos="</s>")
+    build("mistral", len(tokenizer), sliding_window=4096).save_pretrained(tmp_path / "danube")
+    tokenizer.save_pretrained(tmp_path / "danube")
+    shapes = [
+        lambda r: r | {"chosen": [{"role": "user", "content": r["prompt"]},
+                                  {"role": "assistant", "content": r["chosen"]}],
+                       "rejected": [{"role": "user", "content": r["prompt"]},
+                                    {"role": "assistant", "content": r["rejected"]}]},
+        lambda r: {"system": "", "question": r["prompt"], "chosen": r["chosen"],
+                   "rejected": r["rejected"]},
+        lambda r: {"instruction": r["prompt"], "chosen_response": r["chosen"],
+                   "rejected_response": r["rejected"], "chosen_rating": 5, "rejected_rating": 2},
+    ]  # fmt: skip
+    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+        split = name.partition(":")[2]
+        rows = [shape(r) | {"split": split} for r in records(4, 100 * i)]
+        recipe["dataset"] = recipe["dataset"].replace(name.partition(":")[0], f"set{i}.jsonl")
+        write_jsonl(tmp_path / f"set{i}.jsonl", rows)
+    settings = {name: yaml.safe_load(value) for name, value in recipe.items()}
+    assert dpo(**settings | {"model": str(tmp_path / "danube"), "lr": float(settings["lr"])}) == 0
+    shown = capsys.readouterr().out
+    assert "train: 10 pairs" in shown and "eval: 2 pairs" in shown  # a fifth is held out
+    config = yaml.safe_load(Path("out/config.yaml").read_text())
+    told = {"lora_r": 4, "lora_alpha": 16.0, "epochs": 1, "batch_size": 2, "lr": 1e-5, "beta": 0.2}
+    assert config | told == config
+    assert [row["loss"] for row in metrics(split="train")][0] == pytest.approx(math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
