@@ -363,7 +363,7 @@ def place_weights(policy, config):
             parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
     if WORLD > 1:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         for module in (*layers, policy):
             fully_shard(module, mp_policy=precision)
         register_fsdp_forward_method(policy, "generate")
@@ -689,7 +689,7 @@ def train(setup, config, folder):
                 if not RANK:
                     draw_curves(path)
             if stop:
-                raise KeyboardInterrupt(stop // WORLD)
+                raise KeyboardInterrupt((_signals or [stop])[0])
 
 
 def draw_curves(metrics):

@@ -150,7 +150,8 @@ def measure_growth(options):
         for _ in range(options.pairs):
             sequence_logps(policy(row), row.lengths).sum().backward()
         times.append(time.perf_counter() - begin)
-    return {"seconds": min(times), "memory": peak_memory() - before}
+    gradients = sum(parameter.grad.nbytes for parameter in policy.parameters())
+    return {"seconds": min(times), "memory": peak_memory() - before - gradients}
 
 
 def run_side(options, side, python=sys.executable, **changes):
@@ -202,8 +203,8 @@ def compare(options):
 
 
 def growth(options):
-    """Time and memory beyond the model's own, over length, vocabulary and number of pairs."""
-    print("| tokens a row | vocabulary | pairs | seconds | MB beyond the model |\n"
+    """Time, and memory beyond weights and gradients, over length, vocabulary, number of pairs."""
+    print("| tokens a row | vocabulary | pairs | seconds | MB beyond weights and gradients |\n"
           "| --- | --- | --- | --- | --- |")
     changes = [(n, 32768, 1) for n in (256, 512, 1024, 2048, 4096)]
     changes += [(1024, n, 1) for n in (65536, 131072, 262144)]
