@@ -84,12 +84,11 @@ class Row:
 
 
 def hub_reachable(seconds=4):
-    """Whether the Hub answers within so many seconds, DNS included."""
+    """True if the Hub answers within so many seconds, DNS included; else None."""
     # any failure, HF_HUB_OFFLINE among them, is a no; the pool's thread is a daemon, and may hang
     with contextlib.suppress(Exception), ThreadPool(1) as pool:
         probe = pool.apply_async(get_session().head, [constants.ENDPOINT], {"timeout": seconds})
         return probe.get(seconds) is not None
-    return False
 
 
 def open_source(name, kind, stand_ins, load):

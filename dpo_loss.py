@@ -48,8 +48,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def _logits(hidden, weight):
     """Logits in float32 or better: a logsumexp in bfloat16 would lose the last digits."""
-    logits = F.linear(hidden, weight)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def token_logps(hidden, weight, targets):

@@ -49,6 +49,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
@@ -65,7 +66,7 @@ METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rew
            "logps/chosen", "logps/rejected")
 PANELS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
           "rewards/chosen rewards/rejected")
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second")
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second", "peak_share")
 yaml.SafeLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-7 for text
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$"), list("-+0123456789"))
 
@@ -157,8 +158,7 @@ def progress(title, total, done=0):
     """A tqdm bar on a terminal; elsewhere a line, for logs are no place for a bar."""
     if not sys.stderr.isatty():
         say(f"{title}: {total} pairs")
-    return tqdm(None, title, total, initial=done, unit="pair", dynamic_ncols=True,
-                disable=True if RANK else None)
+    return tqdm(None, title, total, initial=done, unit="pair", disable=RANK > 0 or None)
 
 
 def over_processes(tensor):
@@ -370,6 +370,13 @@ def place_weights(policy, config):
     return weights or {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def matmul_peak(config, size=1024):
+    """Floating point operations a second of matrix products in the compute dtype, measured."""
+    a = torch.randn(size, size, device=config.device, dtype=getattr(torch, config.dtype))
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return WORLD * 2 * size**3 / timer.timeit(20).median
+
+
 @torch.no_grad()
 def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
@@ -432,6 +439,9 @@ def prepare(config, dry=False):
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     weights = place_weights(policy, config)
+    facts["trained"] = trained = sum(weight.numel() for weight in weights.values())
+    # a token takes two operations a weight forward, two backward, and two more if that is trained
+    facts["peak_share"] = 2 * (2 * model.num_parameters() + trained) / matmul_peak(config)
     per_step = config.batch_size * config.gradient_accumulation_steps
     longest = config.batch_size * max(p.tokens for part in pairs.values() for p in part)
     steps = {split: list(data.group_into_steps(part, per_step, longest, config.device, WORLD))
@@ -668,7 +678,8 @@ def train(setup, config, folder):
             begin, last, lr = time.time(), step == total, learning_rate(step - 1, total, config)
             torch.manual_seed(config.seed + step)  # lora_dropout's; so there is no state to save
             figures = train_step(setup, config, group, optimizer, lr)
-            figures["tokens_per_second"] = figures["tokens"] / (time.time() - begin)
+            rate = figures["tokens"] / (time.time() - begin)
+            figures |= {"tokens_per_second": rate, "peak_share": rate * setup.facts["peak_share"]}
             log(step, "train", figures)
             shown = ", ".join(f"{name.rpartition('/')[2]} {figures[name]:.4g}" for name in SHOWN)
             left = (time.time() - began) / (step - first) * (total - step)
@@ -797,15 +808,13 @@ def dry_run(setup, config):
     per_token = (time.time() - start) / len(longest.input_ids)
     passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * 2
     minutes = sum(len(row.input_ids) for row in passes) * per_token / WORLD / 60
-    part = lambda tensor: tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    parameters, weights = map(part, setup.model.parameters()), [*map(part, setup.weights.values())]
-    # a parameter in float32 and its weight are one memory
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*parameters, *weights)}
-    kept = shape.num_hidden_layers * (1 if config.activation_checkpointing else 30)
-    activations = len(longest.input_ids) * shape.hidden_size * kept * setup.model.dtype.itemsize
-    # each trained weight also has a gradient and two moments; the libraries take 0.8 GB
-    memory = sum(held.values()) + 3 * sum(w.nbytes for w in weights) + activations + 0.8e9
-    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9:.1f} GB of memory for each process")
+    size, trained = getattr(torch, config.dtype).itemsize, setup.facts["trained"]
+    # in float32 each trained weight, its gradient and two moments; in one process also its copy
+    each = 16 + size * (size < 4 and WORLD == 1 and not config.lora_r)
+    weights = (setup.model.num_parameters() - trained) * size + trained * each
+    activations = len(longest.input_ids) * shape.hidden_size * shape.num_hidden_layers * size
+    memory = weights / WORLD + activations * (1 if config.activation_checkpointing else 30)
+    say(f"Estimate: {minutes:.1f} minutes and {memory / 1e9 + 0.8:.1f} GB for each process")
 
 
 def summarize_sweep(configs, varied):

@@ -31,7 +31,7 @@ STEPS, SAVE_EVERY = 10, 2
 PHASES = {"prepare": "preparing", "train": "training", "evaluate": "evaluation",
           "save_checkpoint": "checkpoint", "finish": "finishing", "save_model": "model"}
 WORDS = [a + b for a in "bdfklmnprst" for b in ("a", "e", "i", "o", "u")]
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "peak_share")
 
 
 def make_model(folder, hidden=32, seed=0):

@@ -44,7 +44,7 @@ SIZES = {
     "n_embd": 32, "n_layer": 2, "n_head": 4, "ffn_dim": 48, "word_embed_proj_dim": 32,
     "dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "peak_share")
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")  # fmt: skip
 
@@ -809,6 +809,20 @@ def test_metrics_agree_with_each_other(finished):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert first["rewards/accuracies"] == 0.5 and first["rewards/margins"] == 0
     assert rows[0]["loss/ci95"] == 0 and rows[-1]["rewards/margins/ci95"] > 0
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_share_of_the_peak_counts_six_operations_a_trained_weight_and_four_a_frozen_one(
+    ready, monkeypatch, adapter
+):
+    monkeypatch.setattr(train_dpo, "matmul_peak", lambda config: 1e9)
+    if adapter:
+        pytest.importorskip("peft")
+    setup, _ = ready(lora_r=4 * adapter)
+    trained = sum(weight.numel() for weight in setup.weights.values())
+    frozen = sum(weight.numel() for weight in setup.model.parameters()) - trained
+    assert (frozen > 0) == adapter
+    assert setup.facts["peak_share"] == pytest.approx((6 * trained + 4 * frozen) / 1e9)
 
 
 def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
