@@ -249,18 +249,18 @@ def test_tensorboard_gets_every_figure_of_metrics_once_also_after_a_resume(dpo):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings, step, steps = {"report_to": "tensorboard", "save_every": 1}, train_dpo.train_step, []
+    settings = {"report_to": "tensorboard", "save_every": 1}
+    save, saves = train_dpo.save_checkpoint, []
 
-    def stopped(*given):
-        steps.append(1)
-        if len(steps) == 2:
-            train_dpo._signals.append(2)
-        return step(*given)
+    def full_disk(*given):
+        saves.append(1)
+        if len(saves) == 2:
+            raise OSError("no space left")
+        save(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "_signals", [])
-        patch.setattr(train_dpo, "train_step", stopped)
-        assert dpo(**settings) == 130
+        patch.setattr(train_dpo, "save_checkpoint", full_disk)
+        assert dpo(**settings) == 1  # step 2 is logged, but goes on from step 1
     assert dpo(**settings) == 0
     events = EventAccumulator("out", size_guidance={"scalars": 0}).Reload()
     for split, name in (("train", "loss"), ("train", "lr"), ("eval", "rewards/margins")):
