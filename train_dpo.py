@@ -14,7 +14,6 @@ From top to bottom, as main() runs it:
 """
 
 import argparse
-import atexit
 import contextlib
 import difflib
 import hashlib
@@ -58,10 +57,9 @@ from dpo_loss import dpo_loss, sequence_logps, token_logps
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
-HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline",
-            "lora_merge", "output_dir"}
+HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
 SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup_ratio",
-                      "weight_decay", "max_grad_norm", "save_dtype"}
+                      "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
 PANELS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
@@ -130,7 +128,7 @@ def read_config(path, overrides=()):
         for name, _, value in (override.partition("=") for override in overrides):
             settings[name] = yaml.safe_load(value)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise data.InputError(f"config {path} is no list of `name: value`: {error}") from error
+        raise data.InputError(f"cannot read config {path} {list(overrides)}: {error}") from error
     choices = {str(k): v if v and isinstance(v, list) else [v] for k, v in settings.items()}
     varied, configs = [name for name, values in choices.items() if len(values) != 1], []
     for values in itertools.product(*choices.values()):
@@ -235,7 +233,7 @@ def load_model(config):
 
     with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
         model, tokenizer = data.open_source(config.model, "model", config.offline, load)
-    for module in model.modules():  # train mode is for activation checkpointing alone
+    for module in model.modules():  # train mode is for checkpointing and lora_dropout
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or isinstance(module, nn.Dropout)):
                 setattr(module, name, 0.0)
@@ -331,6 +329,7 @@ def add_adapter(model, config):
     from peft import LoraConfig
 
     torch.manual_seed(config.seed)
+    model.name_or_path = config.model  # what adapter_config.json names, instead of a path of here
     try:
         model.add_adapter(LoraConfig(
             r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -342,10 +341,11 @@ def add_adapter(model, config):
 def place_weights(policy, config):
     """Bring the float32 model to its device and compute dtype; trained weights stay float32.
 
-    The parameters compute. What the optimizer updates is a float32 weight behind each trained
-    parameter: gradients add up in it, and update_policy rounds it back. Where the parameter is
-    float32 too, both are one memory. An adapter's parameters are, and are cast where they are used.
-    Several processes share the float32 weights out by FSDP2, which gathers them, rounded, for use.
+    One process    the parameters compute in the compute dtype. Behind each trained one stands a
+                   float32 weight, which the optimizer updates: gradients add up in it, and
+                   update_policy rounds it back. In float32 both are one memory.
+    an adapter     its parameters are float32 themselves, and are cast where they are used.
+    processes      share the float32 parameters out by FSDP2, which gathers them, rounded, for use.
 
     returns  the trained weights by their parameters' names
     """
@@ -355,10 +355,11 @@ def place_weights(policy, config):
 
     weights, model, dtype = {}, policy.model.to(config.device), getattr(torch, config.dtype)
     for name, parameter in model.named_parameters():
-        weight = nn.Parameter(parameter.data)
-        if not parameter.requires_grad or WORLD == 1 and not config.lora_r:
-            parameter.data = weight.data.to(dtype)
-        if parameter.requires_grad and WORLD == 1:
+        rounded, trained = parameter.data.to(dtype), parameter.requires_grad
+        # from the same start: an update tips a weight between two rounded ones, however small it is
+        weight = nn.Parameter(rounded.float())
+        parameter.data = weight.data if trained and (WORLD > 1 or config.lora_r) else rounded
+        if trained and WORLD == 1:
             weights[name] = weight
             parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
     if WORLD > 1:
@@ -700,7 +701,7 @@ def train(setup, config, folder):
                 if not RANK:
                     draw_curves(path)
             if stop:
-                raise KeyboardInterrupt((_signals or [stop])[0])
+                raise KeyboardInterrupt((_signals or [signal.SIGTERM])[0])
 
 
 def draw_curves(metrics):
@@ -838,15 +839,26 @@ def summarize_sweep(configs, varied):
     say(f"The sweep is in {folder / 'sweep.csv'} and {folder / 'sweep.png'}")
 
 
+def is_finished(folder, config):
+    """Whether the run in this folder is; raises InputError if its settings are not these."""
+    path, fresh = folder / "config.yaml", asdict(config)
+    old = yaml.safe_load(path.read_text()) if path.exists() else {}
+    changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
+               if name in fresh.keys() - HARMLESS - {"output_dir"} and value != fresh[name]]
+    if changed:
+        raise data.InputError(f"{folder}: {'; '.join(changed)}. New output_dir, or --overwrite?")
+    return (folder / "model").exists()
+
+
 def claim(folder, config, overwrite):
     """Lock a run's folder and note its settings there; a dead process does not keep the lock.
 
     returns  the lock, which lasts until it is released
-    raises   InputError if another process holds it, or an unfinished run has other settings
+    raises   InputError if another process holds it
     """
-    path, fresh, lock = folder / "config.yaml", asdict(config), FileLock(folder / ".lock")
+    path, settings = folder / "config.yaml", yaml.safe_dump(asdict(config))
     try:
-        lock.acquire(timeout=0)  # makes the folder too
+        lock = FileLock(folder / ".lock").acquire(timeout=0)  # makes the folder too
     except Timeout:
         raise data.InputError(f"another process is training in {folder}") from None
     if overwrite:
@@ -854,14 +866,8 @@ def claim(folder, config, overwrite):
             shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / "model").exists():
             os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
-    old = yaml.safe_load(path.read_text()) if (folder / "checkpoints").exists() else {}
-    changed = [f"{name} was {value}, is {fresh[name]}" for name, value in old.items()
-               if name in fresh.keys() - HARMLESS and value != fresh[name]]
-    if changed:
-        raise data.InputError(f"{folder} holds an unfinished run in which {'; '.join(changed)}. "
-                              "Set it back, give another output_dir, or add --overwrite.")
     note = f"# out of the Hub's reach, so replaced: {data.stand_ins_used or 'nothing'}\n"
-    write_atomically(path, lambda file: file.write_text(note + yaml.safe_dump(fresh), "utf-8"))
+    write_atomically(path, lambda file: file.write_text(note + settings, "utf-8"))
     return lock
 
 
@@ -870,7 +876,7 @@ def run(configs, varied, options):
     setup = shared = None
     for config in configs:
         folder = Path(config.output_dir)
-        if (folder / "model").exists() and not (options.overwrite or options.dry_run):
+        if not (options.overwrite or options.dry_run) and is_finished(folder, config):
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have left them
             say(f"{folder} is finished. Add --overwrite to train it anew.")
             continue
@@ -911,13 +917,12 @@ def main(arguments=None):
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
     try:
         configs, varied = read_config(options.config, options.overrides)
         run([resolve_machine(config) for config in configs], varied, options)
         return 0
     except KeyboardInterrupt as stop:
-        say("Interrupted. The same command goes on from the last checkpoint.")
+        say("Interrupted. The same command goes on from the last checkpoint (without --overwrite).")
         return 128 + stop.args[0]
     except data.InputError as error:
         say(f"Error: {error}")
@@ -927,7 +932,7 @@ def main(arguments=None):
             error = "out of memory: lower batch_size, max_length, or set activation_checkpointing"
         elif type(error) is RuntimeError:
             raise
-        say(f"Stopped: {error}\nThe same command goes on from the last checkpoint, if any.")
+        say(f"Stopped: {error}\nThe same command goes on (without --overwrite).")
     return 1
 
 

@@ -632,7 +632,7 @@ def test_a_finished_run_is_left_alone_and_overwrite_trains_it_anew(run, undistur
     files = lambda: {path: path.stat().st_mtime_ns for path in (work / "run").rglob("*")}
     before = files()
     assert "is finished" in clear(run(work), 0)
-    assert "is finished" in clear(run(work, "lr=5e-4"), 0)
+    assert "lr was 0.001, is 0.0005" in clear(run(work, "lr=5e-4"), 2)
     assert files() == before
     assert run(work, "lr=5e-4", "--overwrite")["code"] == 0
     assert [row["step"] for row in rows(work) if row["split"] == "train"] == [*range(1, STEPS + 1)]
@@ -695,7 +695,7 @@ def test_three_steps_not_finite_in_a_row_stop_and_the_last_good_checkpoint_is_ke
         run, undisturbed):
     work = run.new()
     text = clear(run(work, fault=["not_finite", [3, 4, 7, 8, 9], "gradient"]), 1)
-    assert "three" in text and "checkpoint" in text
+    assert "three times" in text and "lower lr" in text and "same command" in text
     assert checkpoints(work) == [2, 6]
     work = run.new()
     clear(run(work, fault=["not_finite", [7, 8, 9], "loss"]), 1)

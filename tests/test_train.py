@@ -695,6 +695,21 @@ def share(tensors):
     return sum(t.sum().item() for t in tensors) / sum(t.numel() for t in tensors)
 
 
+def test_an_update_of_1e_8_tips_no_bfloat16_weight(tmp_path, ready, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():  # each weight halfway between two of bfloat16, as of a dequantised model
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16().float().view(torch.int32).add(2**15).view(torch.float32))
+    model.save_pretrained(tmp_path / "ties")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "ties")
+    setup, config = ready(model=str(tmp_path / "ties"), dtype="bfloat16", train_pairs=2)
+    before = {name: weight.clone() for name, weight in setup.model.state_dict().items()}
+    optimizer, (group,) = train_dpo.make_optimizer(setup.weights, config), setup.steps["train"]
+    train_dpo.train_step(setup, config, group, optimizer, 1e-8)
+    after = setup.model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
 def test_one_step_at_1e_7_moves_float32_weights_that_bfloat16_would_keep(ready):
     setup, config = ready(dtype="bfloat16", lr=1e-7)
     assert {w.dtype for w in setup.weights.values()} == {torch.float32}
@@ -897,7 +912,8 @@ def test_bfloat16_is_saved_where_it_is_asked_for(dpo):
 def test_bfloat16_compute_still_saves_the_float32_weights(dpo, tiny_model):
     assert dpo(dtype="bfloat16", lr=1e-7, train_pairs=2, eval_pairs=0) == 0
     assert json.loads(Path("out/model/config.json").read_text())["dtype"] == "float32"
-    first = load_file(Path(tiny_model) / "model.safetensors")
+    first = {name: weight.bfloat16().float() for name, weight in load_file(
+        Path(tiny_model) / "model.safetensors").items()}  # fmt: skip
     trained = load_file("out/model/model.safetensors")
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert share(trained[n] != w for n, w in decoder_matrices(first).items()) > 0.999
@@ -1073,10 +1089,12 @@ def test_a_dry_run_shows_the_first_pair_and_writes_nothing(tmp_path, dpo, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_cannot_start_where_another_is_training(dpo, capsys):
-    (config,), _ = read_config(CONFIG, ["output_dir=out"])
+def test_a_run_cannot_start_where_another_is_training(dpo, overrides, capsys):
+    (config,), _ = read_config(CONFIG, overrides(train_pairs=2, eval_pairs=0))
     with train_dpo.claim(Path("out"), config, False):
         assert dpo(train_pairs=2, eval_pairs=0) == 2
+    with train_dpo.claim(Path("out"), config, False):
+        pass  # the lock is free again
     assert "another process is training in out" in capsys.readouterr().out
 
 
