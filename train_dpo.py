@@ -715,7 +715,7 @@ def draw_curves(metrics):
             axis.plot(trained["step"], smooth, color=color, label=f"{name}, training")
             if name in held_out:
                 axis.errorbar(held_out["step"], held_out[name], fmt="o--", color=color, capsize=3,
-                              yerr=held_out[f"{name}/ci95"].astype(float), label="held out")
+                              yerr=held_out[f"{name}/ci95"].astype(float), label=f"{name}, eval")
         if panel == "loss":
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
         axis.set(title=panel.replace(" ", ", "), xlabel="optimizer step")
