@@ -55,6 +55,7 @@ import data
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+KEPT = "meta" if RANK else "cpu"  # where gathered tensors go: the first process alone writes them
 # settings that may change between two sessions of one run, and between the runs of a sweep that
 # share a model and its reference log-probabilities
 HARMLESS = {"logging_every", "eval_every", "save_every", "report_to", "reference_cache", "offline"}
@@ -559,7 +560,7 @@ def save_checkpoint(folder, weights, optimizer, step):
     step    all else that a run goes on from; the rest follows from config and metrics.jsonl
     raises  OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
-    tensors = {f"{key}.{name}": full(tensor).cpu() for name, weight in weights.items()
+    tensors = {f"{key}.{name}": full(tensor).to(KEPT) for name, weight in weights.items()
                for key, tensor in {"weight": weight, **optimizer.state[weight]}.items()}
     tensors["position"] = torch.tensor([step], dtype=torch.float64)
     write_atomically(folder / f"step_{step:07d}.safetensors", lambda file: save_file(
@@ -771,7 +772,7 @@ def compare(held_out):
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
     metrics, answers = folder / "metrics.jsonl", sample_answers(setup)
-    state = {name: full(weight).cpu() for name, weight in setup.weights.items()}
+    state = {name: full(weight).to(KEPT) for name, weight in setup.weights.items()}
     if RANK:
         return
     trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
@@ -856,7 +857,6 @@ def claim(folder, config, overwrite):
     returns  the lock, which lasts until it is released
     raises   InputError if another process holds it
     """
-    path, settings = folder / "config.yaml", yaml.safe_dump(asdict(config))
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=0)  # makes the folder too
     except Timeout:
@@ -866,8 +866,8 @@ def claim(folder, config, overwrite):
             shutil.rmtree(folder / name, ignore_errors=True)
         if (folder / "model").exists():
             os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
-    note = f"# out of the Hub's reach, so replaced: {data.stand_ins_used or 'nothing'}\n"
-    write_atomically(path, lambda file: file.write_text(note + settings, "utf-8"))
+    text = f"# stand-ins used: {data.stand_ins_used or 'none'}\n{yaml.safe_dump(asdict(config))}"
+    write_atomically(folder / "config.yaml", lambda file: file.write_text(text, "utf-8"))
     return lock
 
 
