@@ -937,4 +937,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # gloo's threads may still hold tensors, and abort if Python takes itself down before them
+    (os._exit if RANK else sys.exit)(main())
