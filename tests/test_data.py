@@ -767,7 +767,7 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(hub_down):
 
 @pytest.mark.parametrize("module", ["", "csv", "not_here.inner", "csv.inner", "..", "a b"])
 def test_a_package_path_that_names_no_package_is_one_clear_error(module):
-    with pytest.raises(InputError, match="is not installed"):
+    with pytest.raises(InputError, match="is missing"):
         data.open_source(f"package://{module}/a.jsonl", "dataset", {}, fails)
 
 

@@ -920,6 +920,22 @@ def test_bfloat16_compute_still_saves_the_float32_weights(dpo, tiny_model):
     assert all((trained[n] - w).abs().max() < 2e-7 for n, w in decoder_matrices(first).items())
 
 
+def test_a_bfloat16_run_evaluates_the_float32_weights_that_it_saves(dpo, ready):
+    assert dpo(dtype="bfloat16", lr=1e-6) == 0
+    setup, config = ready(dtype="float32")
+    score = lambda: train_dpo.compute_logps(setup, "eval", config, "evaluation")
+    with torch.no_grad():
+        for weight in setup.model.parameters():
+            weight.copy_(weight.bfloat16())
+        reference = score()
+        setup.model.load_state_dict(load_file("out/model/model.safetensors"), strict=False)
+        change = config.beta * (score() - reference).mean(0)
+    told = metrics(split="eval")[-1]
+    assert 0 < change.abs().max() < 1e-3
+    assert [told["rewards/chosen"], told["rewards/rejected"]] == pytest.approx(
+        change.tolist(), abs=1e-6)  # fmt: skip
+
+
 def test_the_report_shows_before_and_after_and_what_was_set(finished):
     report = (finished.folder / "report.md").read_text()
     for text in (report, finished.printed):
