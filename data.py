@@ -1,6 +1,6 @@
 """Any preference set in; token ids, rows and optimizer steps out. Knows no model but its tokenizer.
 
-read_records -> to_messages -> PairTokenizer.encode -> select_pairs -> group_into_steps -> make_row
+read_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_steps -> make_row
 """
 
 import contextlib
@@ -259,7 +259,7 @@ def _scores(record):
             return tuple(float(record[pattern.format(of)]) for of in ("chosen", "rejected"))
 
 
-class PairTokenizer:
+class PairEncoder:
     """Encodes records with a model's own chat template.
 
     tokenizer          a fast transformers tokenizer
@@ -355,9 +355,8 @@ def load_pairs(config, tokenizer):
              of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
-    limits = config.max_length, config.max_prompt_length, config.keep_ties
-    encoder, pairs = PairTokenizer(tokenizer, *limits), {"train": [], "eval": []}
-    drops = {split: Counter() for split in pairs}
+    encoder = PairEncoder(tokenizer, config.max_length, config.max_prompt_length, config.keep_ties)
+    pairs, drops = {"train": [], "eval": []}, {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
     order = visiting_order(len(records), config.shuffle, config.seed)
     if config.eval_pairs:

@@ -63,8 +63,7 @@ SHARING = HARMLESS | {"loss", "beta", "label_smoothing", "epochs", "lr", "warmup
                       "weight_decay", "max_grad_norm", "save_dtype", "lora_merge", "output_dir"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
            "logps/chosen", "logps/rejected")
-PANELS = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "lr",
-          "rewards/chosen rewards/rejected")
+PANELS = "loss rewards/accuracies rewards/margins grad_norm lr rewards/chosen,rewards/rejected"
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "tokens_per_second", "peak_share")
 yaml.SafeLoader.add_implicit_resolver(  # YAML 1.1 takes 1e-7 for text
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$"), list("-+0123456789"))
@@ -256,8 +255,9 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
         sdpa = transformers.AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, mask, scaling=scaling)
     outputs, lengths = [], [sum(segment) for segment in segments]
-    attend = partial(nn.functional.scaled_dot_product_attention, scale=scaling,
-                     enable_gqa=query.shape[1] != key.shape[1])
+    attend = partial(nn.functional.scaled_dot_product_attention, scale=scaling)
+    # few kernels take grouped heads together with a mask
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     pairs = zip(*(x.split(lengths, 2) for x in (query, key, value)), segments, strict=True)
     for q, k, v, (prompt, chosen, rejected) in pairs:
         middle = prompt + chosen
@@ -282,15 +282,13 @@ class AnswerLogps(nn.Module):
         super().__init__()
         self.model, self.shared, self.own = model, shared, model.config._attn_implementation
         self.generate = model.generate
-        if shared:
-            model.set_attn_implementation("shared_prompt")
+        model.set_attn_implementation("shared_prompt" if shared else self.own)
 
     def forward(self, row):
         """(n,) float32: log-probabilities of row.targets in nats."""
         if self.shared:
-            hidden = self.model.base_model(
-                input_ids=row.input_ids[None], position_ids=row.position_ids[None],
-                segments=row.segments, use_cache=False).last_hidden_state[0]
+            hidden = self.model.base_model(input_ids=row.input_ids[None], use_cache=False,
+                position_ids=row.position_ids[None], segments=row.segments).last_hidden_state[0]
             head = self.model.get_output_embeddings().weight
             return token_logps(hidden[row.predictors], head, row.targets)
         logps, parts = [], row.input_ids.split([n for segment in row.segments for n in segment])
@@ -354,15 +352,17 @@ def place_weights(policy, config):
         grad, parameter.grad = parameter.grad, None
         weight.grad = grad.float() if weight.grad is None else weight.grad.add_(grad)
 
-    weights, model, dtype = {}, policy.model.to(config.device), getattr(torch, config.dtype)
+    weights, model, dtype = {}, policy.model, getattr(torch, config.dtype)
+    device = config.device if WORLD == 1 else "cpu"  # FSDP2 moves and shards layer by layer
     for name, parameter in model.named_parameters():
-        rounded, trained = parameter.data.to(dtype), parameter.requires_grad
+        rounded, trained = parameter.data.to(device, dtype), parameter.requires_grad
         # from the same start: an update tips a weight between two rounded ones, however small it is
         weight = nn.Parameter(rounded.float())
         parameter.data = weight.data if trained and (WORLD > 1 or config.lora_r) else rounded
         if trained and WORLD == 1:
             weights[name] = weight
             parameter.register_post_accumulate_grad_hook(partial(add_up, weight=weight))
+    model.to(device)  # what is no parameter
     if WORLD > 1:
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
@@ -372,8 +372,9 @@ def place_weights(policy, config):
     return weights or {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def matmul_peak(config, size=1024):
+def matmul_peak(config):
     """Floating point operations a second of matrix products in the compute dtype, measured."""
+    size = 1024 if config.device == "cpu" else 8192  # enough to keep it busy
     a = torch.randn(size, size, device=config.device, dtype=getattr(torch, config.dtype))
     timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
     return WORLD * 2 * size**3 / timer.timeit(20).median
@@ -384,9 +385,9 @@ def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
     Evaluation pairs see the float32 weights that a run saves, training pairs the rounded ones of
-    its steps: lr 1e-7 hardly moves those. Processes that share weights out always see the rounded.
+    its steps, which lr 1e-7 hardly moves. Several processes see the rounded ones in both.
 
-    returns  (pairs, 2) float32 on the CPU: chosen, rejected, in nats
+    returns  (pairs, 2) float32: chosen, rejected, in nats
     raises   KeyboardInterrupt, between two rows
     """
     logps = torch.zeros(len(setup.pairs[split]), 2, device=config.device)
@@ -399,23 +400,25 @@ def compute_logps(setup, split, config, title):
             bar.update(len(row.pairs) * WORLD)
             if _signals and title == "reference":  # in training the step is saved first
                 raise KeyboardInterrupt(_signals[0])
-    return over_processes(logps).cpu()
+    return over_processes(logps)
 
 
 def reference_logps(setup, config):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
     The reference is the policy before its first step, so they are computed with it, in the rows and
-    the numerics of training: the first loss is exactly ln 2, and no second model takes memory.
+    the numerics in which they are used: the first loss is exactly ln 2, and no second model takes
+    memory.
     """
-    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, WORLD, config.dtype,
-           config.device, config.length_normalize, torch.get_num_threads(),
-           torch.__version__, transformers.__version__, torch.cpu.get_capabilities()["cpu_name"],
-           [(row.input_ids.tolist(), row.segments) for row in sum(setup.rows.values(), [])]]
+    key = [setup.facts["weights"], setup.policy.shared, setup.policy.own, config.dtype, WORLD,
+           config.lora_r > 0, torch.cuda.is_available() and torch.cuda.get_device_name(),
+           config.device, config.length_normalize, torch.get_num_threads(), torch.__version__,
+           transformers.__version__, torch.cpu.get_capabilities().get("cpu_name"),
+           [(r.pairs, r.input_ids.tolist(), r.segments) for r in sum(setup.rows.values(), [])]]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = Path(config.reference_cache or os.devnull) / f"{name}.safetensors"
     with contextlib.suppress(SafetensorError, OSError):  # there is none, or a damaged one
-        found = load_file(path)
+        found = {split: logps.to(config.device) for split, logps in load_file(path).items()}
         say(f"Reference log-probabilities: read from {path}")
         return found
     found = {split: compute_logps(setup, split, config, "reference") for split in setup.pairs}
@@ -453,9 +456,8 @@ def prepare(config, dry=False):
     longest = config.batch_size * max(p.tokens for part in pairs.values() for p in part)
     steps = {split: list(data.group_into_steps(part, per_step, longest, config.device, WORLD))
              for split, part in pairs.items()}
-    setup = argparse.Namespace(
-        model=model, tokenizer=tokenizer, policy=policy, weights=weights, pairs=pairs,
-        steps=steps, rows={split: sum(part, []) for split, part in steps.items()},
+    setup = argparse.Namespace(model=model, tokenizer=tokenizer, policy=policy, weights=weights,
+        pairs=pairs, steps=steps, rows={split: sum(part, []) for split, part in steps.items()},
         samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts], facts=facts)
     say("\n".join(describe_data(setup, config)))
     if not dry:
@@ -481,8 +483,8 @@ def describe_data(setup, config):
 @torch.no_grad()
 def sample_answers(setup):
     """Greedy answers to the prompts of setup.samples."""
-    end, answers = data.PairTokenizer(setup.tokenizer).end_of_turn, []
-    greedy = transformers.GenerationConfig(max_new_tokens=128, eos_token_id=end, pad_token_id=end)
+    end, answers = data.PairEncoder(setup.tokenizer).end_of_turn, []
+    greedy = transformers.GenerationConfig(max_new_tokens=128, do_sample=False, eos_token_id=end)
     for pair in setup.samples:
         ids = torch.tensor([pair.prompt_ids], device=setup.model.device)
         answer = setup.policy.generate(ids, greedy, attention_mask=torch.ones_like(ids))[0]
@@ -505,9 +507,9 @@ def summarize(table, intervals=False):
     An evaluation's interval is also that of its paired change since the start, when policy and
     reference were one and every pair had the same loss, margin 0 and accuracy one half.
     """
-    metrics = dict(zip(METRICS, table.double().mean(0).tolist(), strict=True))
+    metrics = dict(zip(METRICS, table.cpu().double().mean(0).tolist(), strict=True))
     if intervals:
-        halves = 1.96 * table.double().std(0) / math.sqrt(len(table))
+        halves = 1.96 * table.cpu().double().std(0) / math.sqrt(len(table))
         metrics |= {f"{name}/ci95": half.item() for name, half in zip(METRICS, halves, strict=True)}
     return metrics
 
@@ -541,13 +543,10 @@ def write_atomically(path, write):
         return
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def digest_tensors(tensors):
@@ -642,8 +641,7 @@ def train_step(setup, config, group, optimizer, lr):
     setup.model.train()
     for row, weight in own_rows(group):
         logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
-        reference = setup.reference["train"][row.pairs].to(logps.device)
-        losses, scores = score(logps.view(-1, 2), reference, config)
+        losses, scores = score(logps.view(-1, 2), setup.reference["train"][row.pairs], config)
         (losses.sum() * (weight * WORLD / len(pairs))).backward()  # FSDP2 averages over processes
         table[row.pairs] += weight * scores
     setup.model.eval()  # without lora_dropout
@@ -714,8 +712,8 @@ def draw_curves(metrics):
     """curves.png beside metrics.jsonl: training smoothed, evaluation with 95 % intervals."""
     trained, held_out = (pandas.DataFrame(read_rows(metrics, s)) for s in ("train", "eval"))
     figure = Figure((12, 6.5), layout="constrained")
-    for axis, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for name, color in zip(panel.split(), ("tab:blue", "tab:orange"), strict=False):
+    for axis, panel in zip(figure.subplots(2, 3).flat, PANELS.split(), strict=True):
+        for name, color in zip(panel.split(","), ("tab:blue", "tab:orange"), strict=False):
             smooth = trained[name].rolling(1 + len(trained) // 20, 1).mean()
             axis.plot(trained["step"], trained[name], color=color, alpha=0.25)
             axis.plot(trained["step"], smooth, color=color, label=f"{name}, training")
@@ -724,7 +722,7 @@ def draw_curves(metrics):
                               yerr=held_out[f"{name}/ci95"].astype(float), label=f"{name}, eval")
         if panel == "loss":
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
-        axis.set(title=panel.replace(" ", ", "), xlabel="optimizer step")
+        axis.set(title=panel.replace(",", ", "), xlabel="optimizer step")
         axis.legend(fontsize=8)
     write_atomically(metrics.with_name("curves.png"), partial(figure.savefig, format="png"))
 
@@ -732,19 +730,19 @@ def draw_curves(metrics):
 @torch.no_grad()
 def save_model(setup, state, config, folder, card):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template and model card."""
-    temporary, model = folder / "model.tmp", setup.model
+    temporary, model, dtype = folder / "model.tmp", setup.model, getattr(torch, config.save_dtype)
     if config.lora_r and config.lora_merge:
         from peft import PeftModel
 
         model.save_pretrained(temporary, state_dict=state)
         model = PeftModel.from_pretrained(load_model(config)[0], temporary).merge_and_unload()
-        state = dict(model.named_parameters())
+        state = model.to(dtype).state_dict()
     shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
-    end, ends = data.PairTokenizer(setup.tokenizer).end_of_turn, model.generation_config
+    end, ends = data.PairEncoder(setup.tokenizer).end_of_turn, model.generation_config
     known = ends.eos_token_id if isinstance(ends.eos_token_id, list) else [ends.eos_token_id]
-    ends.eos_token_id = end if {end, None}.issuperset(known) else sorted({end, *known})
+    ends.eos_token_id = ends.eos_token_id if end in known else sorted({end, *known} - {None})
     model.save_pretrained(temporary, state_dict={
-        name: weight.to(getattr(torch, config.save_dtype)) for name, weight in state.items()})
+        n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()})
     if (temporary / "config.json").exists():  # not beside an adapter
         model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
         model.config.save_pretrained(temporary)
@@ -776,7 +774,9 @@ def compare(held_out):
 def finish(setup, config, folder):
     """Print the evaluation before and after; write report.md, curves.png and, last, model/."""
     metrics, answers = folder / "metrics.jsonl", sample_answers(setup)
-    state = {name: full(weight).to(KEPT) for name, weight in setup.weights.items()}
+    fixed = {} if config.lora_r else {  # persistent buffers, frozen weights; no head that is tied
+        n: t for n, t in setup.model.state_dict(keep_vars=True).items() if not t.requires_grad}
+    state = {name: full(tensor).to(KEPT) for name, tensor in (fixed | setup.weights).items()}
     if RANK:
         return
     trained, evaluation = read_rows(metrics, "train"), compare(read_rows(metrics, "eval"))
@@ -809,12 +809,15 @@ def dry_run(setup, config):
         text = (paint(35 if i in special else color, setup.tokenizer.decode(i)) for i in ids)
         say(f"--- {title}, {len(ids)} tokens\n{''.join(text)}")
     rows, shape = setup.rows["train"], setup.model.config.get_text_config()
-    longest, start = max(rows, key=lambda row: len(row.input_ids)), time.time()
-    setup.policy(longest)
-    per_token = (time.time() - start) / len(longest.input_ids)
-    passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * 2
-    minutes = sum(len(row.input_ids) for row in passes) * per_token / WORLD / 60
     size, trained = getattr(torch, config.dtype).itemsize, setup.facts["trained"]
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    timer = Timer("policy(row)", globals={"policy": setup.policy, "row": longest},
+                  num_threads=torch.get_num_threads())
+    evaluations = 2 + config.epochs * len(setup.steps["train"]) // (config.eval_every or 10**9)
+    # a backward pass takes two forward ones, float32 at least twice the time of bfloat16
+    passes = rows * (1 + 3 * config.epochs) + setup.rows["eval"] * (evaluations * 4 // size)
+    per_token = timer.timeit(1).median / len(longest.input_ids)
+    minutes = sum(len(row.input_ids) for row in passes) * per_token / WORLD / 60
     # in float32 each trained weight, its gradient and two moments; in one process also its copy
     each = 16 + size * (size < 4 and WORLD == 1 and not config.lora_r)
     weights = (setup.model.num_parameters() - trained) * size + trained * each
@@ -920,7 +923,7 @@ def main(arguments=None):
     if WORLD > 1:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group(timeout=pandas.Timedelta(hours=12))  # for the first's checkpoints
     try:
         configs, varied = read_config(options.config, options.overrides)
         run([resolve_machine(config) for config in configs], varied, options)
@@ -936,7 +939,7 @@ def main(arguments=None):
             error = "out of memory: lower batch_size, max_length, or set activation_checkpointing"
         elif type(error) is RuntimeError:
             raise
-        say(f"Stopped: {error}\nThe same command goes on (without --overwrite).")
+        tqdm.write(f"Stopped: {error}\nThe same command goes on (without --overwrite).")
     return 1
 
 

@@ -29,7 +29,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Drop, InputError, MissingSplit, Pair, PairTokenizer
+from data import Drop, InputError, MissingSplit, Pair, PairEncoder
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,7 +68,7 @@ def tiny(template=CHATML, eos="<|im_end|>", pad="<pad>", bos=None):
 
 def encoder(tokenizer=None, **limits):
     limits = {"max_length": 10**9, "max_prompt_length": 10**9, **limits}
-    return PairTokenizer(tokenizer or tiny(), **limits)
+    return PairEncoder(tokenizer or tiny(), **limits)
 
 
 def text(ids, tokenizer=None):

@@ -84,6 +84,15 @@ def test_only_the_adapter_is_trained_and_the_frozen_weights_are_in_the_compute_d
     assert len(changed) == 2 * 7 * 2  # A and B at 7 linear layers of 2 blocks; not at the LM head
 
 
+def test_an_adapter_reads_no_reference_of_full_training(peft, ready):
+    cached = {"dtype": "bfloat16", "reference_cache": "cache"}
+    full, _ = ready(**cached)
+    setup, config = ready(**cached, **ADAPTER)
+    assert not torch.equal(full.reference["eval"], setup.reference["eval"])
+    again = train_dpo.compute_logps(setup, "eval", config, "evaluation")
+    assert torch.equal(setup.reference["eval"], again)
+
+
 def test_the_reference_is_the_base_model_without_the_adapter(peft, ready, tiny_model):
     setup, config = ready(**ADAPTER, train_pairs=4)
     train_all(setup, config)

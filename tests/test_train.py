@@ -936,6 +936,22 @@ def test_a_bfloat16_run_evaluates_the_float32_weights_that_it_saves(dpo, ready):
         change.tolist(), abs=1e-6)  # fmt: skip
 
 
+def test_buffers_and_frozen_weights_are_saved_beside_the_trained_ones(ready, tmp_path):
+    setup, config = ready(train_pairs=2, dtype="bfloat16")
+    setup.model.model.register_buffer("scale", torch.tensor([3.0]))
+    setup.model.model.register_buffer("index", torch.tensor([70001]))
+    setup.model.model.register_buffer("scratch", torch.tensor([1.0]), persistent=False)
+    setup.model.model.frozen = torch.nn.Parameter(torch.tensor([0.5]), requires_grad=False)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(
+        {"step": 1, "split": "train", "seconds": 1.0, "tokens_per_second": 1.0}
+        | dict.fromkeys([*METRICS, "grad_norm", "lr"], 0.5)) + "\n")  # fmt: skip
+    train_dpo.finish(setup, replace(config, save_dtype="bfloat16"), tmp_path)
+    saved = load_file(tmp_path / "model/model.safetensors")
+    assert saved["model.scale"].item() == 3.0 and saved["model.frozen"].item() == 0.5
+    assert saved["model.index"].item() == 70001 and saved["model.index"].dtype == torch.int64
+    assert saved.keys() == setup.weights.keys() | {"model.scale", "model.frozen", "model.index"}
+
+
 def test_the_report_shows_before_and_after_and_what_was_set(finished):
     report = (finished.folder / "report.md").read_text()
     for text in (report, finished.printed):
@@ -951,7 +967,8 @@ def test_sampled_answers_are_the_models_own_greedy_ones(ready, tiny_model):
     setup, _ = ready(sample_prompts=2, train_pairs=2)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), setup.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert len(setup.answers) == 2
+    setup.model.generation_config.update(do_sample=True, temperature=9.0, top_k=0)
+    assert len(setup.answers) == 2 and train_dpo.sample_answers(setup) == setup.answers
     for pair, answer in zip(setup.pairs["eval"], setup.answers, strict=False):
         ids = torch.tensor([pair.prompt_ids])
         longest = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
@@ -1026,6 +1043,16 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
         average = changes.get("length_normalize", False)
         logps = sequence_logps(setup.policy(row), row.lengths, average).view(-1, 2)
     assert torch.equal(setup.reference["train"][row.pairs], logps)
+
+
+def test_the_cache_is_not_read_for_the_same_rows_with_pairs_in_another_order(ready):
+    one_step = {"reference_cache": "cache", "train_pairs": 0, "batch_size": 8, "eval_pairs": 0}
+    for shuffle in (True, False):
+        setup, _ = ready(**one_step, shuffle=shuffle, split="test_prefs")
+        (row,) = setup.steps["train"][0]
+        with torch.no_grad():
+            logps = sequence_logps(setup.policy(row), row.lengths).view(-1, 2)
+        assert torch.equal(setup.reference["train"][row.pairs], logps)
 
 
 def test_the_cache_is_not_read_for_another_model_at_the_same_path(tmp_path, ready, passes):
