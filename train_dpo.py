@@ -768,7 +768,7 @@ def compare(held_out):
         changed += [name] * (abs(after - before) > half)
         rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} ± {half:.4f}"))
     table = markdown(("held out", "before", "after", "change, paired 95 % interval"), rows)
-    return f"{table}\n\nMeasurable change: {', '.join(changed) or 'none'}."
+    return f"{table}\n\nMeasurable change: {', '.join(changed) or 'none' if rows else 'unknown'}."
 
 
 def finish(setup, config, folder):

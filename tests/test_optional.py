@@ -196,10 +196,11 @@ def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp
     assert dpo(**settings | {"model": str(tmp_path / "danube"), "lr": float(settings["lr"])}) == 0
     shown = capsys.readouterr().out
     assert "train: 10 pairs" in shown and "eval: 2 pairs" in shown  # a fifth is held out
-    config = yaml.safe_load(Path("out/config.yaml").read_text())
+    config = yaml.safe_load(Path(settings["output_dir"], "config.yaml").read_text())
     told = {"lora_r": 4, "lora_alpha": 16.0, "epochs": 1, "batch_size": 2, "lr": 1e-5, "beta": 0.2}
     assert config | told == config
-    assert metrics(split="train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    first = metrics(settings["output_dir"], "train")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
