@@ -299,6 +299,7 @@ class AnswerLogps(nn.Module):
                 logps.append(logits.float().log_softmax(1).gather(1, answer[:, None]).squeeze(1))
         return torch.cat(logps)
 
+
 @torch.no_grad()
 def choose_layout(model, pairs, tolerance=1e-3):
     """Whether rows may share prompts: the longest pair, both ways, within `tolerance` nats a token.
