@@ -47,10 +47,20 @@ def our_config(options):
     from train_dpo import Config
 
     return Config(
-        model=options.model, dataset=options.dataset, split=None, eval_pairs=0, shuffle=False,
-        train_pairs=options.pairs, lr=5e-6, max_length=options.max_length, dtype=options.dtype,
-        activation_checkpointing=options.checkpointing, device="cpu", sample_prompts=0,
-        reference_cache=None)  # fmt: skip
+        model=options.model,
+        dataset=options.dataset,
+        split=None,
+        eval_pairs=0,
+        shuffle=False,
+        train_pairs=options.pairs,
+        lr=5e-6,
+        max_length=options.max_length,
+        dtype=options.dtype,
+        activation_checkpointing=options.checkpointing,
+        device="cpu",
+        sample_prompts=0,
+        reference_cache=None,
+    )
 
 
 def measure_ours(options):
@@ -78,9 +88,15 @@ def measure_ours(options):
         flops += 4 * seen * shape.hidden_size * shape.num_hidden_layers
     tokens = sum(pair.tokens for pair in setup.pairs["train"])
     peak = matmul_peak(getattr(torch, config.dtype))
-    return {"seconds": seconds / len(setup.pairs["train"]), "memory": peak_memory(),
-            "losses": losses, "tokens": tokens / seconds, "peak": 4 * flops / seconds / peak,
-            "reference": setup.facts["reference_seconds"], "threads": torch.get_num_threads()}
+    return {
+        "seconds": seconds / len(setup.pairs["train"]),
+        "memory": peak_memory(),
+        "losses": losses,
+        "tokens": tokens / seconds,
+        "peak": 4 * flops / seconds / peak,
+        "reference": setup.facts["reference_seconds"],
+        "threads": torch.get_num_threads(),
+    }
 
 
 def measure_trl(options):
@@ -110,22 +126,45 @@ def measure_trl(options):
 
     times, pairs = [], json.loads(Path(options.ids).read_text())
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=1, num_train_epochs=1,
-        gradient_accumulation_steps=STEP_PAIRS, beta=0.1, learning_rate=5e-6, warmup_steps=0,
-        lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0,
-        max_length=options.max_length, train_sampling_strategy="sequential",
-        bf16=options.dtype == "bfloat16", gradient_checkpointing=options.checkpointing,
-        precompute_ref_log_probs=options.precompute, model_init_kwargs={"dtype": "float32"},
-        optim="adamw_torch_fused", save_strategy="no", report_to="none", logging_steps=1,
-        disable_tqdm=True, use_cpu=True)  # fmt: skip
-    trainer = Trainer(model=options.model, args=config, train_dataset=Dataset.from_list(pairs),
-                      processing_class=AutoTokenizer.from_pretrained(options.model),
-                      callbacks=[Times()])  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        gradient_accumulation_steps=STEP_PAIRS,
+        beta=0.1,
+        learning_rate=5e-6,
+        warmup_steps=0,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        max_length=options.max_length,
+        train_sampling_strategy="sequential",
+        bf16=options.dtype == "bfloat16",
+        gradient_checkpointing=options.checkpointing,
+        precompute_ref_log_probs=options.precompute,
+        model_init_kwargs={"dtype": "float32"},
+        optim="adamw_torch_fused",
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model=options.model,
+        args=config,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        callbacks=[Times()],
+    )
     trainer.train()
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
-    return {"seconds": sum(times) / len(pairs), "memory": peak_memory(),
-            "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-            "tokens": tokens / sum(times), "peak": 0.0}  # fmt: skip
+    return {
+        "seconds": sum(times) / len(pairs),
+        "memory": peak_memory(),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "tokens": tokens / sum(times),
+        "peak": 0.0,
+    }
 
 
 def measure_growth(options):
@@ -138,9 +177,19 @@ def measure_growth(options):
     from train_dpo import AnswerLogps
 
     torch.manual_seed(0)
-    policy = AnswerLogps(LlamaForCausalLM(LlamaConfig(
-        vocab_size=options.vocabulary, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2**16)))
+    policy = AnswerLogps(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=options.vocabulary,
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=2**16,
+            )
+        )
+    )
     before, third = peak_memory(), options.max_length // 3
     ids = torch.randint(3, options.vocabulary, (3, third)).tolist()
     row = make_row([Pair(0, *ids)], [0])
@@ -163,8 +212,13 @@ def run_side(options, side, python=sys.executable, **changes):
             command += [f"--{name}", str(values[name])]
         command += [f"--{name}" for name in ("checkpointing", "precompute") if values[name]]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(
+            command,
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         return json.loads(out.read_text())
 
 
@@ -176,12 +230,23 @@ def compare(options):
     config = our_config(options)
     pairs = data.load_pairs(config, load_model(config)[1])[0]["train"]
     ids = Path(tempfile.mkdtemp()) / "ids.json"
-    ids.write_text(json.dumps([
-        {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
-        for p in pairs]))  # fmt: skip
+    ids.write_text(
+        json.dumps(
+            [
+                {
+                    "prompt_ids": p.prompt_ids,
+                    "chosen_ids": p.chosen_ids,
+                    "rejected_ids": p.rejected_ids,
+                }
+                for p in pairs
+            ]
+        )
+    )
     trl = {"python": options.trl_python, "ids": str(ids)}
-    print("| dtype | checkpointing | side | s a pair | tokens/s | share of peak | peak GB | "
-          "first, last loss |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(
+        "| dtype | checkpointing | side | s a pair | tokens/s | share of peak | peak GB | "
+        "first, last loss |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
     for dtype in options.dtypes.split(","):
         for checkpointing in (False, True):
             settings = {"dtype": dtype, "checkpointing": checkpointing}
@@ -190,34 +255,45 @@ def compare(options):
                 sides["this project"].append(run_side(options, "ours", **settings))
                 sides["TRL"].append(run_side(options, "trl", **trl, **settings))
                 sides["TRL, reference first"].append(
-                    run_side(options, "trl", precompute=True, **trl, **settings))
+                    run_side(options, "trl", precompute=True, **trl, **settings)
+                )
             for side, runs in sides.items():
-                middle = {name: statistics.median(run[name] for run in runs)
-                          for name in ("seconds", "tokens", "peak", "memory")}
+                middle = {
+                    name: statistics.median(run[name] for run in runs)
+                    for name in ("seconds", "tokens", "peak", "memory")
+                }
                 share = f"{middle['peak']:.0%}" if middle["peak"] else ""
                 losses = runs[0]["losses"]
-                print(f"| {dtype} | {'on' if checkpointing else 'off'} | {side} | "
-                      f"{middle['seconds']:.2f} | {middle['tokens']:.0f} | {share} | "
-                      f"{middle['memory'] / 1e9:.2f} | {losses[0]:.6f}, {losses[-1]:.6f} |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"| {dtype} | {'on' if checkpointing else 'off'} | {side} | "
+                    f"{middle['seconds']:.2f} | {middle['tokens']:.0f} | {share} | "
+                    f"{middle['memory'] / 1e9:.2f} | {losses[0]:.6f}, {losses[-1]:.6f} |",
+                    flush=True,
+                )
 
 
 def growth(options):
     """Time, and memory beyond weights and gradients, over length, vocabulary, number of pairs."""
-    print("| tokens a row | vocabulary | pairs | seconds | MB beyond weights and gradients |\n"
-          "| --- | --- | --- | --- | --- |")
+    print(
+        "| tokens a row | vocabulary | pairs | seconds | MB beyond weights and gradients |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
     changes = [(n, 32768, 1) for n in (256, 512, 1024, 2048, 4096)]
     changes += [(1024, n, 1) for n in (65536, 131072, 262144)]
     changes += [(256, 32768, n) for n in (4, 16, 64)]
     for length, vocabulary, pairs in changes:
         result = run_side(options, "growth", max_length=length, vocabulary=vocabulary, pairs=pairs)
-        print(f"| {length} | {vocabulary} | {pairs} | {result['seconds']:.2f} | "
-              f"{result['memory'] / 1e6:.0f} |", flush=True)  # fmt: skip
+        print(
+            f"| {length} | {vocabulary} | {pairs} | {result['seconds']:.2f} | "
+            f"{result['memory'] / 1e6:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="", help="folder of the model")
     parser.add_argument("--dataset", default="", help="preference file")
     parser.add_argument("--pairs", type=int, default=20)

@@ -48,8 +48,11 @@ def log_softmax_then_gather(hidden, weight, targets):
 def brute_force_logp(hidden, weight, target):
     """log softmax of one position in Python's floats (float64)."""
     logits = [math.fsum(h * w for h, w in zip(hidden, row, strict=True)) for row in weight]
-    return logits[target] - max(logits) - math.log(
-        math.fsum(math.exp(logit - max(logits)) for logit in logits))
+    return (
+        logits[target]
+        - max(logits)
+        - math.log(math.fsum(math.exp(logit - max(logits)) for logit in logits))
+    )
 
 
 @often
@@ -57,21 +60,26 @@ def brute_force_logp(hidden, weight, target):
 def test_token_logps_are_log_softmax_then_gather(n, d, v, seed):
     inputs = head_inputs(n, d, v, seed=seed)
     torch.testing.assert_close(
-        token_logps(*inputs), log_softmax_then_gather(*inputs), rtol=0, atol=1e-12)
+        token_logps(*inputs), log_softmax_then_gather(*inputs), rtol=0, atol=1e-12
+    )
 
 
 def test_log_probabilities_of_answers_are_the_brute_force_sums_over_their_tokens():
     hidden, weight, targets = head_inputs(12, 4, 11)
     lengths = [3, 1, 6, 2]
-    tokens = [brute_force_logp(h, weight.tolist(), target)
-              for h, target in zip(hidden.tolist(), targets.tolist(), strict=True)]
+    tokens = [
+        brute_force_logp(h, weight.tolist(), target)
+        for h, target in zip(hidden.tolist(), targets.tolist(), strict=True)
+    ]
     ends = list(itertools.accumulate(lengths))
     answers = [tokens[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     found = token_logps(hidden, weight, targets)
     assert sequence_logps(found, lengths).tolist() == pytest.approx(
-        [math.fsum(answer) for answer in answers], abs=1e-12)
+        [math.fsum(answer) for answer in answers], abs=1e-12
+    )
     assert sequence_logps(found, lengths, average=True).tolist() == pytest.approx(
-        [math.fsum(answer) / len(answer) for answer in answers], abs=1e-12)
+        [math.fsum(answer) / len(answer) for answer in answers], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
@@ -91,7 +99,8 @@ def test_a_vocabulary_above_the_limit_is_taken_row_by_row(monkeypatch):
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
     inputs = head_inputs(3, 4, 5)
     torch.testing.assert_close(
-        token_logps(*inputs), log_softmax_then_gather(*inputs), rtol=0, atol=1e-12)
+        token_logps(*inputs), log_softmax_then_gather(*inputs), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5])
@@ -106,7 +115,8 @@ def test_gradients_are_those_of_log_softmax_then_gather():
     grad = normal(9, seed=5)
     found = torch.autograd.grad(token_logps(hidden, weight, targets), (hidden, weight), grad)
     expected = torch.autograd.grad(
-        log_softmax_then_gather(hidden, weight, targets), (hidden, weight), grad)
+        log_softmax_then_gather(hidden, weight, targets), (hidden, weight), grad
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
@@ -140,7 +150,8 @@ def test_forward_keeps_only_its_inputs_for_the_backward_pass():
     hidden, weight, targets = head_inputs(6, 2, 50)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor.data_ptr()), lambda packed: packed):
+        lambda tensor: kept.append(tensor.data_ptr()), lambda packed: packed
+    ):
         token_logps(hidden, weight, targets)
     assert set(kept) == {hidden.data_ptr(), weight.data_ptr(), targets.data_ptr()}
 
@@ -164,7 +175,8 @@ def test_bfloat16_inputs_give_float32_log_probabilities_and_bfloat16_gradients()
     assert logps.dtype == torch.float32
     logits = (hidden @ weight.T).double()  # rounded to bfloat16 by the head, to nothing after it
     torch.testing.assert_close(
-        logps.double(), logits.log_softmax(1)[range(40), targets], rtol=0, atol=1e-5)
+        logps.double(), logits.log_softmax(1)[range(40), targets], rtol=0, atol=1e-5
+    )
     logps.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
@@ -202,7 +214,8 @@ def test_sequence_logps_sum_or_average_each_answer(answers):
     lengths = [len(answer) for answer in answers]
     assert sequence_logps(flat, lengths).tolist() == [sum(answer) for answer in answers]
     assert sequence_logps(flat, lengths, average=True).tolist() == pytest.approx(
-        [sum(answer) / len(answer) for answer in answers], rel=1e-15)
+        [sum(answer) / len(answer) for answer in answers], rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("lengths", [[2, 2], [2, 4], [4], [6, -1], []])
@@ -214,12 +227,14 @@ def test_sequence_logps_rejects_lengths_that_do_not_add_up(lengths):
 def test_equation_7_worked_by_hand():
     four = ([-10, -7], [-20, -9], [-12, -8], [-19, -4])
     losses, chosen, rejected = dpo_loss(
-        *(torch.tensor(logps, dtype=torch.float64) for logps in four), beta=0.5)
+        *(torch.tensor(logps, dtype=torch.float64) for logps in four), beta=0.5
+    )
     # log ratios 2 and -1, 1 and -5; margins 0.5 * 3 and 0.5 * 6
     assert chosen.tolist() == [1.0, 0.5]
     assert rejected.tolist() == [-0.5, -2.5]
-    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3))],
-                                            rel=1e-15)
+    assert losses.tolist() == pytest.approx(
+        [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3))], rel=1e-15
+    )
 
 
 @often
@@ -266,8 +281,10 @@ class TinyPolicy:
     """An autoregressive policy of 51 parameters, in float64."""
 
     def __init__(self, seed):
-        self.parameters = [(normal(*shape, seed=seed + i) / 2).requires_grad_()
-                           for i, shape in enumerate([(7, 3), (3, 3), (7, 3)])]
+        self.parameters = [
+            (normal(*shape, seed=seed + i) / 2).requires_grad_()
+            for i, shape in enumerate([(7, 3), (3, 3), (7, 3)])
+        ]
 
     def hidden(self, prompt, answer):
         """(len(answer), d): the state before each of the answer's tokens."""
@@ -276,13 +293,15 @@ class TinyPolicy:
         for token in prompt + answer:
             states.append(state)
             state = torch.tanh(embedding[token] + mixing @ state)
-        return torch.stack(states[len(prompt):])
+        return torch.stack(states[len(prompt) :])
 
     def logp(self, prompt, answer):
         """log pi(answer | prompt), token by token and without dpo_loss.py."""
         states = self.hidden(prompt, answer)
-        return sum((self.parameters[2] @ state).log_softmax(0)[token]
-                   for state, token in zip(states, answer, strict=True))
+        return sum(
+            (self.parameters[2] @ state).log_softmax(0)[token]
+            for state, token in zip(states, answer, strict=True)
+        )
 
 
 PAIRS = [([1, 2], [3, 4, 5], [6]), ([0], [2, 2], [2, 3]), ([6, 5, 4], [0], [1, 1, 0, 6, 2])]
@@ -293,15 +312,18 @@ def test_gradient_is_that_of_section_4_of_the_paper(beta):
     policy, reference = TinyPolicy(0), TinyPolicy(100)
     answers = [(prompt, answer) for prompt, *both in PAIRS for answer in both]
     tokens = token_logps(
-        torch.cat([policy.hidden(*answer) for answer in answers]), policy.parameters[2],
-        torch.tensor([token for _, answer in answers for token in answer]))
+        torch.cat([policy.hidden(*answer) for answer in answers]),
+        policy.parameters[2],
+        torch.tensor([token for _, answer in answers for token in answer]),
+    )
     ours = sequence_logps(tokens, [len(answer) for _, answer in answers])
     ref = torch.stack([reference.logp(*answer) for answer in answers]).detach()
     losses, _, _ = dpo_loss(ours[::2], ours[1::2], ref[::2], ref[1::2], beta)
 
     def gradient(value):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(
-            value, policy.parameters, retain_graph=True)])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(value, policy.parameters, retain_graph=True)]
+        )
 
     for loss, (prompt, chosen, rejected) in zip(losses, PAIRS, strict=True):
         logp_w, logp_l = policy.logp(prompt, chosen), policy.logp(prompt, rejected)
@@ -321,15 +343,19 @@ def test_gradcheck_of_the_loss(loss, smoothing, beta):
     assert (1 - beta * h).abs().min() > 1e-3, "hinge has a kink there"
     assert torch.autograd.gradcheck(
         lambda *logps: dpo_loss(*logps, beta, loss, smoothing)[0],
-        [logps.requires_grad_() for logps in four])
+        [logps.requires_grad_() for logps in four],
+    )
 
 
 @often
 @given(quadruples, betas, st.floats(-300, 300), st.booleans())
 def test_loss_stays_when_both_answers_log_probabilities_shift_together(logps, beta, shift, policy):
     chosen, rejected, ref_chosen, ref_rejected = logps
-    shifted = ((chosen + shift, rejected + shift, ref_chosen, ref_rejected) if policy
-               else (chosen, rejected, ref_chosen + shift, ref_rejected + shift))
+    shifted = (
+        (chosen + shift, rejected + shift, ref_chosen, ref_rejected)
+        if policy
+        else (chosen, rejected, ref_chosen + shift, ref_rejected + shift)
+    )
     for loss, smoothing in VARIANTS:
         before = dpo_loss(*doubles(*logps), beta, loss, smoothing)[0]
         after = dpo_loss(*doubles(*shifted), beta, loss, smoothing)[0]
@@ -342,9 +368,11 @@ def test_swapping_chosen_and_rejected_negates_the_margin(logps, beta):
     chosen, rejected, ref_chosen, ref_rejected = doubles(*logps)
     for loss, smoothing in VARIANTS:
         there, there_w, there_l = dpo_loss(
-            chosen, rejected, ref_chosen, ref_rejected, beta, loss, smoothing)
+            chosen, rejected, ref_chosen, ref_rejected, beta, loss, smoothing
+        )
         back, back_w, back_l = dpo_loss(
-            rejected, chosen, ref_rejected, ref_chosen, beta, loss, smoothing)
+            rejected, chosen, ref_rejected, ref_chosen, beta, loss, smoothing
+        )
         assert (back_w, back_l) == (there_l, there_w)
         assert back_w - back_l == -(there_w - there_l)
         h = (there_w - there_l) / beta
@@ -352,13 +380,20 @@ def test_swapping_chosen_and_rejected_negates_the_margin(logps, beta):
         difference = {
             "sigmoid": -(1 - 2 * smoothing) * beta * h,
             "ipo": -2 * h / beta,
-            "hinge": (1 - beta * h).clamp(min=0) - (1 + beta * h).clamp(min=0)}[loss]
+            "hinge": (1 - beta * h).clamp(min=0) - (1 + beta * h).clamp(min=0),
+        }[loss]
         torch.testing.assert_close(there - back, difference, rtol=1e-9, atol=1e-8)
 
 
 @often
-@given(st.lists(st.tuples(st.floats(-1e4, 0, width=32), st.floats(-1e4, 0, width=32)),
-                min_size=1, max_size=40), betas)
+@given(
+    st.lists(
+        st.tuples(st.floats(-1e4, 0, width=32), st.floats(-1e4, 0, width=32)),
+        min_size=1,
+        max_size=40,
+    ),
+    betas,
+)
 def test_loss_is_ln_2_to_the_last_bit_where_policy_is_reference(pairs, beta):
     chosen, rejected = torch.tensor(pairs, dtype=torch.float32).T
     losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen, rejected, beta)
@@ -422,9 +457,11 @@ def test_label_smoothing_is_the_expected_loss_when_labels_are_flipped(logps, bet
     right = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)[0]
     flipped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, beta)[0]
     smoothed = dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=smoothing)[0]
+        chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing=smoothing
+    )[0]
     torch.testing.assert_close(
-        smoothed, (1 - smoothing) * right + smoothing * flipped, rtol=1e-12, atol=0)
+        smoothed, (1 - smoothing) * right + smoothing * flipped, rtol=1e-12, atol=0
+    )
 
 
 @often
@@ -479,15 +516,29 @@ def test_tabular_policy_trained_on_bradley_terry_preferences_is_the_theorems_opt
     chosen, rejected = map(list, zip(*itertools.permutations(range(answers), 2), strict=True))
     preference = torch.sigmoid(reward[:, chosen] - reward[:, rejected])  # eq. 1
     logits = reference.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([logits], max_iter=1000, tolerance_grad=1e-12,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits],
+        max_iter=1000,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
 
     def expected_loss():
         optimizer.zero_grad()
         policy = logits.log_softmax(1)
         losses, _, _ = dpo_loss(
-            *(logps.flatten() for logps in (policy[:, chosen], policy[:, rejected],
-                                            reference[:, chosen], reference[:, rejected])), beta)
+            *(
+                logps.flatten()
+                for logps in (
+                    policy[:, chosen],
+                    policy[:, rejected],
+                    reference[:, chosen],
+                    reference[:, rejected],
+                )
+            ),
+            beta,
+        )
         loss = (preference.flatten() * losses).sum()
         loss.backward()
         return loss
