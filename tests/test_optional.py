@@ -10,23 +10,22 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_data import DANUBE, tiny, write_jsonl
-from test_train import (  # noqa: F401
-    CONFIG,
-    apart,
-    build,
-    dpo,
-    metrics,
-    overrides,
-    pairs_file,
-    plain_row_logps,
-    ready,
-    records,
-    tiny_model,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_dpo
+from helpers import (
+    CONFIG,
+    DANUBE,
+    ROOT,
+    assistant,
+    build_tokenizer,
+    plain_row_logps,
+    read_metrics,
+    records,
+    user,
+    write_jsonl,
+    write_model,
+)
 from train_dpo import read_config
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
@@ -123,90 +122,87 @@ def test_layers_that_are_not_there_are_wrong_input(peft, dpo, capsys):
 
 
 def test_the_adapter_that_is_saved_loads_on_the_base_model_as_it_was_trained(
-    peft, dpo, ready, tiny_model
+    peft, dpo, setups, tiny_model
 ):
-    kept, train = [], train_dpo.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "train", lambda setup, *given: [kept.append(setup),
-                                                                 train(setup, *given)])  # fmt: skip
-        assert dpo(**ADAPTER, epochs=2) == 0
+    assert dpo(**ADAPTER, epochs=2) == 0
     names = {path.name for path in Path("out/model").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"} <= names
     assert not {"model.safetensors", "config.json"} & names
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    expected = policy_logps(kept[0])
-    assert (held_out_logps(base, kept[0]) - expected).abs().max() > 1e-2
+    setup = setups[0]
+    expected = policy_logps(setup)
+    assert (held_out_logps(base, setup) - expected).abs().max() > 1e-2
     loaded = peft.PeftModel.from_pretrained(base, "out/model")
-    torch.testing.assert_close(held_out_logps(loaded, kept[0]), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(held_out_logps(loaded, setup), expected, rtol=0, atol=1e-4)
     by_folder = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
-    torch.testing.assert_close(held_out_logps(by_folder, kept[0]), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(held_out_logps(by_folder, setup), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
-    peft, tmp_path, dpo, tiny_model, family
+    peft, tmp_path, dpo, setups, tiny_model, family
 ):
-    model = tiny_model
-    if family != "llama":
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        build(family, len(tokenizer)).save_pretrained(tmp_path / "base")
-        tokenizer.save_pretrained(tmp_path / "base")
-        model = str(tmp_path / "base")
-    kept, train = [], train_dpo.train
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "train", lambda setup, *given: [kept.append(setup),
-                                                                 train(setup, *given)])  # fmt: skip
-        assert dpo(**ADAPTER, model=model, lora_merge=True, epochs=2) == 0
+    model = tiny_model if family == "llama" else write_model(tmp_path / "base", family)
+    assert dpo(**ADAPTER, model=model, lora_merge=True, epochs=2) == 0
     assert not list(Path("out/model").glob("adapter*"))
     merged = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
     assert merged.config.dtype == torch.float32 and "lora" not in str(merged)
-    found, expected = held_out_logps(merged, kept[0]), policy_logps(kept[0])
+    found, expected = held_out_logps(merged, setups[0]), policy_logps(setups[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     end = AutoTokenizer.from_pretrained("out/model").convert_tokens_to_ids("<|im_end|>")
     assert end in torch.tensor([merged.generation_config.eos_token_id]).flatten()
 
 
+SHAPES = {
+    "HuggingFaceH4/ultrafeedback_binarized": lambda r: {
+        "prompt": r["prompt"],
+        "chosen": [user(r["prompt"]), assistant(r["chosen"])],
+        "rejected": [user(r["prompt"]), assistant(r["rejected"])],
+    },
+    "Intel/orca_dpo_pairs": lambda r: {
+        "system": "",
+        "question": r["prompt"],
+        "chosen": r["chosen"],
+        "rejected": r["rejected"],
+    },
+    "argilla/distilabel-math-preference-dpo": lambda r: {
+        "instruction": r["prompt"],
+        "chosen_response": r["chosen"],
+        "rejected_response": r["rejected"],
+        "chosen_rating": 5,
+        "rejected_rating": 2,
+    },
+}
+
+
 def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp_path, dpo, capsys):
-    readme = Path(train_dpo.__file__).with_name("README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (command,) = re.findall(r"config\.yaml (model=h2oai/h2o-danube.*)", readme)
     recipe = dict(word.split("=", 1) for word in shlex.split(command))
     names = recipe["dataset"].split(", ")
-    assert [name.partition(":")[0] for name in names] == [
-        "HuggingFaceH4/ultrafeedback_binarized", "Intel/orca_dpo_pairs",
-        "argilla/distilabel-math-preference-dpo"]  # fmt: skip
-    tokenizer = tiny(DANUBE, eos="</s>")
-    build("mistral", len(tokenizer), sliding_window=4096).save_pretrained(tmp_path / "danube")
-    tokenizer.save_pretrained(tmp_path / "danube")
-    shapes = [
-        lambda r: r | {"chosen": [{"role": "user", "content": r["prompt"]},
-                                  {"role": "assistant", "content": r["chosen"]}],
-                       "rejected": [{"role": "user", "content": r["prompt"]},
-                                    {"role": "assistant", "content": r["rejected"]}]},
-        lambda r: {"system": "", "question": r["prompt"], "chosen": r["chosen"],
-                   "rejected": r["rejected"]},
-        lambda r: {"instruction": r["prompt"], "chosen_response": r["chosen"],
-                   "rejected_response": r["rejected"], "chosen_rating": 5, "rejected_rating": 2},
-    ]  # fmt: skip
-    for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+    tokenizer = build_tokenizer(DANUBE, eos="</s>")
+    model = write_model(tmp_path / "danube", "mistral", tokenizer, sliding_window=4096)
+    assert [name.partition(":")[0] for name in names] == list(SHAPES)
+    for i, (name, shape) in enumerate(zip(names, SHAPES.values(), strict=True)):
         split = name.partition(":")[2]
         rows = [shape(r) | {"split": split} for r in records(4, 100 * i)]
         recipe["dataset"] = recipe["dataset"].replace(name.partition(":")[0], f"set{i}.jsonl")
         write_jsonl(tmp_path / f"set{i}.jsonl", rows)
     settings = {name: yaml.safe_load(value) for name, value in recipe.items()}
-    assert dpo(**settings | {"model": str(tmp_path / "danube"), "lr": float(settings["lr"])}) == 0
+    assert dpo(**settings | {"model": model, "lr": float(settings["lr"])}) == 0
     shown = capsys.readouterr().out
     assert "train: 10 pairs" in shown and "eval: 2 pairs" in shown  # a fifth is held out
     config = yaml.safe_load(Path(settings["output_dir"], "config.yaml").read_text())
     told = {"lora_r": 4, "lora_alpha": 16.0, "epochs": 1, "batch_size": 2, "lr": 1e-5, "beta": 0.2}
     assert config | told == config
-    first = metrics(settings["output_dir"], "train")[0]
+    first = read_metrics(settings["output_dir"], "train")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo, checkpointing):
-    settings = ADAPTER | {"lora_dropout": 0.3, "epochs": 2, "save_every": 2,
-                          "activation_checkpointing": checkpointing}  # fmt: skip
+    settings = ADAPTER | {"lora_dropout": 0.3, "epochs": 2, "save_every": 2}
+    settings["activation_checkpointing"] = checkpointing
     assert dpo(**settings, output_dir="whole") == 0
     steps, step = [], train_dpo.train_step
 
@@ -221,25 +217,29 @@ def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo,
         patch.setattr(train_dpo, "train_step", stopped)
         assert dpo(**settings) == 143
     assert dpo(**settings) == 0
-    whole, resumed = (load_file(f"{folder}/model/adapter_model.safetensors")
-                      for folder in ("whole", "out"))  # fmt: skip
+    whole = load_file("whole/model/adapter_model.safetensors")
+    resumed = load_file("out/model/adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
-    assert metrics("whole") == metrics()
+    assert read_metrics("whole") == read_metrics()
 
 
 def test_runs_of_a_sweep_start_from_the_same_adapter(peft, dpo):
     assert dpo(**ADAPTER, lr=[1e-3, 1e-4], output_dir="s/{lr}") == 0
     assert dpo(**ADAPTER, lr=1e-4, output_dir="alone") == 0
-    swept, alone = (Path(folder) / "model/adapter_model.safetensors" for folder in
-                    ("s/0.0001", "alone"))  # fmt: skip
-    assert swept.read_bytes() == alone.read_bytes()
+    swept = Path("s/0.0001/model/adapter_model.safetensors").read_bytes()
+    assert swept == Path("alone/model/adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("package, changes", [
-    ("peft", {"lora_r": 4}), ("wandb", {"report_to": "wandb"}),
-    ("tensorboard", {"report_to": "tensorboard"}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "package, changes",
+    [
+        ("peft", {"lora_r": 4}),
+        ("wandb", {"report_to": "wandb"}),
+        ("tensorboard", {"report_to": "tensorboard"}),
+    ],
+    ids=str,
+)
 def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(
     dpo, capsys, monkeypatch, package, changes
 ):
@@ -275,7 +275,7 @@ def test_tensorboard_gets_every_figure_of_metrics_once_also_after_a_resume(dpo):
     events = EventAccumulator("out", size_guidance={"scalars": 0}).Reload()
     for split, name in (("train", "loss"), ("train", "lr"), ("eval", "rewards/margins")):
         sent = [(event.step, event.value) for event in events.Scalars(f"{split}/{name}")]
-        expected = [(row["step"], row[name]) for row in metrics(split=split)]
+        expected = [(row["step"], row[name]) for row in read_metrics(split=split)]
         assert [step for step, _ in sent] == [step for step, _ in expected]
         assert [value for _, value in sent] == pytest.approx([value for _, value in expected])
 
@@ -287,7 +287,7 @@ def test_wandb_gets_the_figures_offline(dpo, monkeypatch):
     assert dpo(report_to="wandb") == 0
     wandb.finish()
     (file,) = Path("out").rglob("run-*.wandb")
-    sent, rows = file.read_bytes(), metrics()
+    sent, rows = file.read_bytes(), read_metrics()
     for row in rows:
         assert json.dumps(row["loss"]).encode() in sent
-    assert sent.count(b"train/loss") >= len(metrics(split="train")) == 3
+    assert sent.count(b"train/loss") >= len(read_metrics(split="train")) == 3

@@ -4,10 +4,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import make_pairs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import make_pairs
 from make_pairs import CHECKS, PAIRS, SEEN, TEST_TOPICS, TRAIN_TOPICS, UNSEEN, kind_of, passes
 
 # check, answers that fulfil it, answers that do not

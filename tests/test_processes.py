@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import CONFIG, build, metrics, overrides, pairs_file, tiny_model  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(CONFIG).parent
-RUN = {"train_pairs": 7, "eval_pairs": 3, "epochs": 2, "eval_every": 2, "save_every": 1,
-       "sample_prompts": 1}  # fmt: skip
+from helpers import CONFIG, ROOT, read_metrics, weights_bytes
+
+RUN = {
+    "train_pairs": 7,
+    "eval_pairs": 3,
+    "epochs": 2,
+    "eval_every": 2,
+    "save_every": 1,
+    "sample_prompts": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +34,24 @@ def start(overrides, tmp_path_factory):
     def started(name, processes, **changes):
         launcher = [sys.executable]
         if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-                         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
+            launcher += [
+                "-m",
+                "torch.distributed.run",
+                f"--nproc-per-node={processes}",
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=localhost:0",
+            ]
         settings = overrides(**RUN | changes | {"output_dir": str(folder / name)})
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         command = [*launcher, str(ROOT / "train_dpo.py"), "--config", CONFIG, *settings]
         return folder / name, subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True)  # fmt: skip
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     return started
 
@@ -71,8 +86,9 @@ def killed(start):
     while process.poll() is None and not (folder / "checkpoints/step_0000003.safetensors").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    for pid in subprocess.run(["pgrep", "-f", f"output_dir=\"?{folder}"], check=False, text=True,
-                              capture_output=True).stdout.split():  # fmt: skip
+    search = ["pgrep", "-f", f'output_dir="?{folder}']
+    left = subprocess.run(search, check=False, text=True, capture_output=True).stdout
+    for pid in left.split():
         os.kill(int(pid), signal.SIGKILL)
     process.communicate()
     assert not (folder / "model").exists()
@@ -80,7 +96,7 @@ def killed(start):
 
 
 def losses(folder):
-    return [row["loss"] for row in metrics(folder)]
+    return [row["loss"] for row in read_metrics(folder)]
 
 
 def weights(folder):
@@ -89,7 +105,7 @@ def weights(folder):
 
 def assert_same_run(folder, other, tolerance=1e-5):
     """Every step and evaluation once in both, with the same losses."""
-    steps = [[(row["step"], row["split"]) for row in metrics(f)] for f in (folder, other)]
+    steps = [[(row["step"], row["split"]) for row in read_metrics(f)] for f in (folder, other)]
     assert steps[0] == steps[1] and len(set(steps[0])) == len(steps[0]) == 8 + 5
     assert losses(folder) == pytest.approx(losses(other), abs=tolerance)
 
@@ -113,9 +129,8 @@ def test_a_run_killed_at_two_processes_ends_at_two_with_the_same_bytes(finish, k
     shutil.copytree(killed, killed.with_name("again"))
     folder, printed = finish("again", 2)
     assert "Resuming from" in printed
-    assert metrics(folder) == metrics(two[0])
-    assert (folder / "model/model.safetensors").read_bytes() == (
-        two[0] / "model/model.safetensors").read_bytes()  # fmt: skip
+    assert read_metrics(folder) == read_metrics(two[0])
+    assert weights_bytes(folder) == weights_bytes(two[0])
 
 
 def test_a_run_killed_at_two_processes_ends_at_one_with_the_same_losses(finish, killed, two):
@@ -137,7 +152,7 @@ def test_sigterm_saves_the_step_in_hand_of_all_processes(start, finish, two):
     assert process.returncode != 0
     assert len(list((folder / "checkpoints").iterdir())) == 1
     folder, printed = finish("stopped", 2, save_every=0)
-    assert "Resuming from" in printed and metrics(folder) == metrics(two[0])
+    assert "Resuming from" in printed and read_metrics(folder) == read_metrics(two[0])
 
 
 def test_an_adapter_of_two_processes_has_the_losses_of_one(finish):
@@ -159,8 +174,17 @@ def test_wrong_input_ends_all_processes_with_one_message(start):
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder and no pairs")
 def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
     model, pairs = os.environ["SMOLLM2"].split(",")
-    changes = {"model": model, "dataset": pairs, "train_pairs": 6, "eval_pairs": 0, "epochs": 1,
-               "lr": 5e-6, "max_length": 512, "save_every": 0, "sample_prompts": 0}  # fmt: skip
+    changes = {
+        "model": model,
+        "dataset": pairs,
+        "train_pairs": 6,
+        "eval_pairs": 0,
+        "epochs": 1,
+        "lr": 5e-6,
+        "max_length": 512,
+        "save_every": 0,
+        "sample_prompts": 0,
+    }
     one, two = (losses(finish(f"real{n}", n, **changes)[0]) for n in (1, 2))
     print(json.dumps([one, two]))
     assert one == pytest.approx(two, abs=1e-5) and len(one) == 3

