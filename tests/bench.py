@@ -44,7 +44,7 @@ def matmul_peak(dtype, size=1024, seconds=1.0):
 
 def our_config(options):
     """The settings of the comparison."""
-    from train_dpo import Config
+    from support.config import Config
 
     return Config(
         model=options.model,
@@ -77,7 +77,7 @@ def measure_ours(options):
     for step, group in enumerate(steps):
         rate = train_dpo.learning_rate(step, len(steps), config)
         losses.append(train_dpo.train_step(setup, config, group, optimizer, rate)["loss"])
-    seconds = time.perf_counter() - start + setup.facts["reference_seconds"]
+    seconds = time.perf_counter() - start + setup.reference_seconds
     shape = setup.model.config.get_text_config()
     matrices = sum(p.numel() for n, p in setup.model.named_parameters() if "emb" not in n)
     flops = 0
@@ -94,7 +94,7 @@ def measure_ours(options):
         "losses": losses,
         "tokens": tokens / seconds,
         "peak": 4 * flops / seconds / peak,
-        "reference": setup.facts["reference_seconds"],
+        "reference": setup.reference_seconds,
         "threads": torch.get_num_threads(),
     }
 
@@ -190,6 +190,7 @@ def measure_growth(options):
             )
         )
     )
+    policy.share_prompts(True)
     before, third = peak_memory(), options.max_length // 3
     ids = torch.randint(3, options.vocabulary, (3, third)).tolist()
     row = make_row([Pair(0, *ids)], [0])
@@ -225,7 +226,7 @@ def run_side(options, side, python=sys.executable, **changes):
 def compare(options):
     """Both sides in turn; prints the table."""
     import data
-    from train_dpo import load_model
+    from support.model import load_model
 
     config = our_config(options)
     pairs = data.load_pairs(config, load_model(config)[1])[0]["train"]

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import train_dpo
 from helpers import CONFIG, Output, build_model, build_tokenizer, records, write_jsonl
-from train_dpo import read_config
+from support import sources
+from support.config import read_config
 
 
 def pytest_configure(config):
@@ -51,10 +52,14 @@ def hub_down(monkeypatch):
     import datasets
     from huggingface_hub import constants
 
-    monkeypatch.setattr(data, "hub_reachable", lambda seconds=4: False)
-    monkeypatch.setattr(data, "stand_ins_used", {})
+    monkeypatch.setattr(sources, "hub_reachable", lambda seconds=4: False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    used = dict(sources.stand_ins_used)  # other rooms hold the same dict
+    sources.stand_ins_used.clear()
+    yield
+    sources.stand_ins_used.clear()
+    sources.stand_ins_used.update(used)
 
 
 @pytest.fixture(scope="session")

@@ -30,10 +30,15 @@ import yaml
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
-from train_dpo import read_config
+from support import files, report, run_log
+from support.checkpoint import claim
+from support.config import Config, _Loader, read_config
+from support.errors import InputError
+from support.model import load_model
 
 STEPS, SAVE_EVERY = 10, 2
 PHASES = {
@@ -44,6 +49,10 @@ PHASES = {
     "finish": "finishing",
     "save_model": "model",
 }
+
+
+# where a function is looked up that train_dpo does not call by its own name
+ROOMS = {"draw_curves": report, "write_atomically": files}
 
 
 def write_config(folder):
@@ -90,13 +99,14 @@ def kill_at_event(number):
     for name in ("replace", "fsync", "sync", "mkdir", "unlink"):
         wrap(os, name)
     wrap(shutil, "rmtree")
-    wrap(train_dpo, "save_file")
+    wrap(files, "save_file")
     wrap(transformers.modeling_utils, "safe_save_file")
 
 
 def around_call(name, number, before, after=lambda: None):
-    """Do something before the number-th call (from 1) of a function of train_dpo, and after it."""
-    original, calls = getattr(train_dpo, name), [0]
+    """Do something before the number-th call (from 1) of a function, and after it."""
+    module = ROOMS.get(name, train_dpo)
+    original, calls = getattr(module, name), [0]
 
     def wrapped(*args, **kwargs):
         calls[0] += 1
@@ -108,7 +118,7 @@ def around_call(name, number, before, after=lambda: None):
         finally:
             after()
 
-    setattr(train_dpo, name, wrapped)
+    setattr(module, name, wrapped)
 
 
 def signal_at(name, call, number):
@@ -150,7 +160,7 @@ def torn_row(number, size, action=signal.SIG_IGN):
                 limit_files(os.path.getsize(path) + size, action)
         return file
 
-    train_dpo.open = opened
+    run_log.open = opened
 
 
 def out_of_memory(call, where):
@@ -167,6 +177,7 @@ def out_of_memory(call, where):
 def not_finite(steps, where):
     """A loss or a gradient that is nan in these calls of train_step; checks that weights stay."""
     original_step, original_loss, calls = train_dpo.train_step, train_dpo.dpo_loss, [0]
+    inside = []  # a step, not an evaluation after it
 
     def step(*args, **kwargs):
         calls[0] += 1
@@ -174,7 +185,9 @@ def not_finite(steps, where):
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         state = lambda: [t.clone() for w in weights for t in (w.data, *optimizer.state[w].values())]
         before = state()
+        inside.append(calls[0])
         figures = original_step(*args, **kwargs)
+        inside.pop()
         same = all(map(torch.equal, before, state()))
         told = "unchanged" if same else "changed"
         print(f"call {calls[0]}: weights and moments {told}", flush=True)
@@ -182,10 +195,10 @@ def not_finite(steps, where):
 
     def loss(policy_chosen_logps, *args, **kwargs):
         losses, *rewards = original_loss(policy_chosen_logps, *args, **kwargs)
-        if policy_chosen_logps.requires_grad and calls[0] in steps:
+        if inside and calls[0] in steps:
             if where == "loss":
                 losses = losses * float("nan")
-            else:
+            elif losses.requires_grad:
                 losses.register_hook(lambda grad: grad * float("nan"))
         return losses, *rewards
 
@@ -628,7 +641,7 @@ def test_settings_that_change_no_weight_may_change_in_an_unfinished_run(
     run, undisturbed, unfinished
 ):
     work = run.new(source=unfinished)
-    end = run(work, "save_every=3", "eval_every=0", "logging_every=2", "reference_cache=null")
+    end = run(work, "save_every=3", "eval_every=0", "reference_cache=null")
     assert end["code"] == 0 and resumed(end["text"]) == 7, end["text"]
     model = "run/model/model.safetensors"
     assert (work / model).read_bytes() == (undisturbed / model).read_bytes()
@@ -766,16 +779,34 @@ def test_a_model_of_pickled_weights_alone_is_refused_unread(run):
     assert not sprung.exists()
 
 
-def test_no_code_reads_pickles_or_unsafe_yaml_or_runs_text():
+def test_no_code_reads_pickles_or_unsafe_yaml_or_runs_text(tmp_path, tiny_model, monkeypatch):
     unsafe = r"\bpickle\b|yaml\.(unsafe_|full_)?load\(|\b(exec|eval)\(|os\.system"
-    loads = []
+    assert issubclass(_Loader, yaml.SafeLoader)
+    models = []
     for path in [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]:
         source = path.read_text()
         for call in re.findall(r"torch\.load\([^)]*\)", source):
             assert "weights_only=True" in call, f"{path.name}: {call}"
+        if path.name == "config.py":
+            source = re.sub(r"yaml\.load\(\w+, _Loader\)", "", source)
         assert not re.search(unsafe, source.replace(".eval()", "")), path.name
-        loads += re.findall(r"\.from_pretrained\(\s*path[^\n]*", source)
-    assert any("use_safetensors=True" in call for call in loads), loads
+        models += re.findall(r"\bAutoModel\w*\.from_pretrained\(", source)
+    assert len(models) == 1
+
+    (tmp_path / "c.yaml").write_text("model: !!python/object/apply:os.mkdir [sprung]")
+    with pytest.raises(InputError, match="python/object/apply:os.mkdir"):
+        read_config(tmp_path / "c.yaml")
+    assert not (tmp_path / "sprung").exists()
+
+    given, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(path, **options):
+        given.append(options)
+        return load(path, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    load_model(Config(model=tiny_model))
+    assert [options["use_safetensors"] for options in given] == [True]
 
 
 # Finished runs and the lock on a folder, in this process
@@ -798,9 +829,9 @@ def test_overwrite_trains_a_finished_run_anew(dpo):
 
 def test_a_run_cannot_start_where_another_is_training(dpo, overrides, capsys):
     (config,), _ = read_config(CONFIG, overrides(train_pairs=2, eval_pairs=0))
-    with train_dpo.claim(Path("out"), config, False):
+    with claim(Path("out"), config, False):
         assert dpo(train_pairs=2, eval_pairs=0) == 2
-    with train_dpo.claim(Path("out"), config, False):
+    with claim(Path("out"), config, False):
         pass  # the lock is free again
     assert "another process is training in out" in capsys.readouterr().out
 

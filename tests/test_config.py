@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_dpo
-from data import InputError
 from helpers import CONFIG, write_jsonl
-from train_dpo import Config, read_config
+from support.config import Config, read_config
+from support.errors import InputError
 
 
 def test_config_yaml_gives_every_setting_its_default():

@@ -14,7 +14,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Drop, InputError, MissingSplit, Pair
+from data import Drop, Pair
 from helpers import (
     CHATML,
     DANUBE,
@@ -31,6 +31,8 @@ from helpers import (
     user,
     write_jsonl,
 )
+from support.errors import InputError
+from support.sources import MissingSplit, read_records
 
 WRITES_BOS = "<s>" + CHATML
 
@@ -742,7 +744,7 @@ def assert_file_is_read_or_refused(examples, cut, bom, newline, tail):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "any.jsonl")
             path.write_bytes(content)
-            records = data.read_records(str(path))
+            records = read_records(str(path))
     except InputError as error:
         assert re.search(r", line \d+ cannot be read: ", str(error))
         assert cut or tail.strip(b" \n")

@@ -34,7 +34,10 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from train_dpo import AnswerLogps, Config, read_config
+from support import sources
+from support.config import Config, read_config
+from support.model import load_model
+from train_dpo import AnswerLogps
 
 # Loading
 
@@ -46,11 +49,12 @@ def test_dropout_is_off_in_train_mode(tmp_path):
         ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
     ):
         folder = write_model(tmp_path / family, family, **changes)
-        model, _ = train_dpo.load_model(Config(model=folder))
+        model, _ = load_model(Config(model=folder))
         assert not model.training
         model.train()
         for shared in (False, True):
-            policy = AnswerLogps(model, shared)
+            policy = AnswerLogps(model)
+            policy.share_prompts(shared)
             assert torch.equal(policy(make_row(PAIRS, [0])), policy(make_row(PAIRS, [0])))
 
 
@@ -127,7 +131,7 @@ def test_the_share_of_the_peak_counts_six_operations_a_trained_weight_and_four_a
     trained = sum(weight.numel() for weight in setup.weights.values())
     frozen = sum(weight.numel() for weight in setup.model.parameters()) - trained
     assert (frozen > 0) == adapter
-    assert setup.facts["peak_share"] == pytest.approx((6 * trained + 4 * frozen) / 1e9)
+    assert setup.peak_share == pytest.approx((6 * trained + 4 * frozen) / 1e9)
 
 
 # Saving
@@ -255,7 +259,7 @@ def smollm2(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(folder)
-        patch.setattr(data, "hub_reachable", lambda seconds=4: False)
+        patch.setattr(sources, "hub_reachable", lambda seconds=4: False)
         patch.setattr(constants, "HF_HUB_OFFLINE", constants.HF_HUB_OFFLINE)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", datasets.config.HF_HUB_OFFLINE)
         patch.setattr(train_dpo, "train", watched)

@@ -26,7 +26,8 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from train_dpo import read_config
+from support import machine, processes
+from support.config import read_config
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
 
@@ -209,11 +210,11 @@ def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo,
     def stopped(*given):
         steps.append(1)
         if len(steps) == 3:
-            train_dpo._signals.append(15)
+            processes._signals.append(15)
         return step(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "_signals", [])
+        patch.setattr(processes, "_signals", [])
         patch.setattr(train_dpo, "train_step", stopped)
         assert dpo(**settings) == 143
     assert dpo(**settings) == 0
@@ -243,16 +244,16 @@ def test_runs_of_a_sweep_start_from_the_same_adapter(peft, dpo):
 def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(
     dpo, capsys, monkeypatch, package, changes
 ):
-    monkeypatch.setattr(train_dpo, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == package else name)
     monkeypatch.setattr(train_dpo, "prepare", lambda *_: pytest.fail("loaded a model"))
     assert dpo(**changes) == 2
     assert f"pip install {package}" in capsys.readouterr().out
 
 
 def test_no_optional_package_is_needed_where_none_is_asked_for(overrides, monkeypatch):
-    monkeypatch.setattr(train_dpo, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
     (config,), _ = read_config(CONFIG, overrides())
-    assert train_dpo.resolve_machine(config) == config
+    assert machine.resolve_machine(config) == config
 
 
 def test_tensorboard_gets_every_figure_of_metrics_once_also_after_a_resume(dpo):

@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-import train_dpo
 from helpers import CONFIG, METRICS, read_metrics
-from train_dpo import read_config
+from support.config import read_config
+from support.sampler import greedy_answers
 
 
 def test_a_run_leaves_its_files_and_no_checkpoints(finished):
@@ -70,7 +70,8 @@ def test_sampled_answers_are_the_models_own_greedy_ones(ready, tiny_model):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), setup.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     setup.model.generation_config.update(do_sample=True, temperature=9.0, top_k=0)
-    assert len(setup.answers) == 2 and train_dpo.sample_answers(setup) == setup.answers
+    answers = greedy_answers(setup.policy, tokenizer, setup.samples, setup.end_of_turn)
+    assert len(setup.answers) == 2 and answers == setup.answers
     for pair, answer in zip(setup.pairs["eval"], setup.answers, strict=False):
         ids = torch.tensor([pair.prompt_ids])
         longest = model.generate(

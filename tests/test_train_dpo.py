@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import data
 import train_dpo
 from data import Pair, make_row
-from dpo_loss import dpo_loss, sequence_logps
+from dpo_loss import dpo_loss, sequence_logps, summarize
 from helpers import (
     CONFIG,
     DANUBE,
@@ -34,7 +34,8 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from train_dpo import AnswerLogps, Config, choose_layout, read_config
+from support.config import Config, read_config
+from train_dpo import AnswerLogps, choose_layout
 
 # Layouts
 
@@ -64,11 +65,12 @@ def gradients(policy, row, direction):
 def test_shared_prompts_give_the_log_probabilities_and_gradients_of_separate_sequences(family):
     model = build_model(family, **FAMILIES[family])
     twin = copy.deepcopy(model)
-    assert choose_layout(model, PAIRS)
+    policy = AnswerLogps(model)
+    assert choose_layout(policy, PAIRS) and policy.shared
     row = make_row(PAIRS, [0, 1, 2])
     direction = torch.randn(len(row.targets), generator=torch.Generator().manual_seed(4))
-    shared, grads = gradients(AnswerLogps(model), row, direction)
-    separate, expected = gradients(AnswerLogps(twin, shared=False), row, direction)
+    shared, grads = gradients(policy, row, direction)
+    separate, expected = gradients(AnswerLogps(twin), row, direction)
     torch.testing.assert_close(shared, separate, atol=1e-4, rtol=0)
     torch.testing.assert_close(separate, plain_row_logps(twin, PAIRS).detach(), atol=1e-4, rtol=0)
     assert grads.keys() == expected.keys()
@@ -81,31 +83,33 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_separate_seq
 def test_a_pair_in_a_row_does_not_see_its_neighbours():
     model = build_model("llama")
     policy, other = AnswerLogps(model), random_pair(9, 4, 6, seed=9)
+    policy.share_prompts(True)
     alone = policy(make_row([PAIRS[1]], [0]))
     beside = policy(make_row([other, PAIRS[1], other], [0, 1, 2]))[10 : 10 + len(alone)]
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=0)
 
 
 def test_rows_beyond_a_sliding_window_run_as_separate_sequences():
-    model = build_model("mistral", sliding_window=16)
+    policy = AnswerLogps(build_model("mistral", sliding_window=16))
     short, long = random_pair(4, 5, 6), random_pair(20, 10, 12)
-    assert choose_layout(model, [short])
-    assert not choose_layout(model, [short, long, short])
+    assert choose_layout(policy, [short]) and policy.shared
+    assert not choose_layout(policy, [short, long, short]) and not policy.shared
 
 
 def test_a_long_sequence_counts_although_another_pair_has_more_tokens():
-    model = build_model("mistral", sliding_window=32)
-    assert choose_layout(model, [random_pair(10, 21, 21)])
-    assert not choose_layout(model, [random_pair(10, 21, 21), random_pair(2, 36, 1)])
+    policy = AnswerLogps(build_model("mistral", sliding_window=32))
+    assert choose_layout(policy, [random_pair(10, 21, 21)])
+    assert not choose_layout(policy, [random_pair(10, 21, 21), random_pair(2, 36, 1)])
 
 
 def test_a_short_first_pair_hides_nothing_from_the_check(monkeypatch):
     model = build_model("mistral", sliding_window=16)
     model.config = copy.deepcopy(model.config)
     model.config.sliding_window = None  # as if the model named its window otherwise
+    policy = AnswerLogps(model)
     short, long = random_pair(4, 5, 6), random_pair(20, 10, 12)
-    assert choose_layout(model, [short])
-    assert not choose_layout(model, [short, long, short])
+    assert choose_layout(policy, [short])
+    assert not choose_layout(policy, [short, long, short])
 
 
 GPT_NEO = {"attention_types": [[["local"], 2]], "window_size": 8, "num_layers": 2, "num_heads": 4}
@@ -128,17 +132,22 @@ def test_whatever_layout_is_chosen_gives_the_models_own_log_probabilities(family
     model = build_model(family, **changes)
     twin = copy.deepcopy(model)
     pairs = [*PAIRS, random_pair(15, 10, 20, seed=5)]
-    shared = choose_layout(model, pairs)
-    assert not (shared and family == "mamba")
+    policy = AnswerLogps(model)
+    shared = choose_layout(policy, pairs)
+    assert policy.shared == shared and not (shared and family == "mamba")
     with torch.no_grad():
-        logps = AnswerLogps(model, shared)(make_row(pairs, range(4)))
+        logps = policy(make_row(pairs, range(4)))
         torch.testing.assert_close(logps, plain_row_logps(twin, pairs), atol=1e-3, rtol=0)
 
 
 def test_the_choice_of_a_layout_leaves_the_model_as_it_was():
     model = build_model("gemma2")
     own = model.config._attn_implementation
-    choose_layout(model, PAIRS)
+    policy = AnswerLogps(model)
+    shared = choose_layout(policy, PAIRS)
+    chosen = "shared_prompt" if shared else own
+    assert model.config._attn_implementation == chosen and model.training
+    policy.share_prompts(False)
     assert model.config._attn_implementation == own and model.training
 
 
@@ -171,16 +180,16 @@ def test_log_probabilities_of_a_run_are_those_of_brute_force(ready, pairs_file):
 
 def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     logps, reference = torch.tensor([[-1.0, -5.0], [-2.0, -2.0], [-9.0, -1.0]]), torch.zeros(3, 2)
-    losses, table = train_dpo.score(logps, reference, Config(beta=0.5))
+    losses, metrics = train_dpo.score(logps, reference, Config(beta=0.5))
     expected, chosen, rejected = dpo_loss(*logps.T, *reference.T, 0.5)
     torch.testing.assert_close(losses, expected)
-    means = train_dpo.summarize(table)
-    assert tuple(means) == METRICS
+    means = summarize(metrics)
+    assert tuple(means) == METRICS and {values.shape for values in metrics.values()} == {(3,)}
     assert means["rewards/accuracies"] == 0.5
     assert means["loss"] == pytest.approx(losses.mean().item())
     assert means["rewards/margins"] == pytest.approx((chosen - rejected).mean().item())
     assert means["logps/chosen"] == -4 and means["rewards/chosen"] == -2
-    halves = train_dpo.summarize(table, intervals=True)
+    halves = summarize(metrics, intervals=True)
     spread = 1.96 * torch.tensor([1.0, 0.5, 0.0]).std().item() / math.sqrt(3)
     assert halves["rewards/accuracies/ci95"] == pytest.approx(spread)
 

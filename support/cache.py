@@ -1,0 +1,30 @@
+"""Tensors that are computed once and shared by runs, such as the reference's log-probabilities."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from support.files import read_tensors, write_tensors
+from support.processes import say
+
+
+def read_or_compute(title, folder, depends_on, compute):
+    """compute(), or what it returned when all that it depends on was the same.
+
+    title       what to call the result, where it is read
+    folder      where results are kept, in a file named by a digest of depends_on, which
+                the first process writes; None keeps none
+    depends_on  whatever JSON can hold
+    compute     function without arguments that returns a dict of tensors
+    """
+    if not folder:
+        return compute()
+    name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
+    path = Path(folder) / f"{name}.safetensors"
+    found = read_tensors(path)
+    if found is not None:
+        say(f"{title}: read from {path}")
+        return found
+    found = compute()
+    write_tensors(path, found)
+    return found

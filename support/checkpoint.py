@@ -1,0 +1,130 @@
+"""A run's folder: the lock on it, its checkpoints, and whether the run is finished.
+
+The folder holds config.yaml, metrics.jsonl, checkpoints/ while the run trains, and model/ once it
+is finished, which is renamed into place last. How a run goes on after a kill:
+    is_finished       model/ is there: nothing to do. Other settings than config.yaml's: refused
+    load_checkpoint   master weights, AdamW's state and the number of steps done, from the newest
+                      checkpoint that is whole; order, rate and random numbers follow from the
+                      steps done and the settings
+    RunLog            cuts rows of later steps from metrics.jsonl (support/run_log.py)
+Each file is written beside its place and renamed (support/files.py), so that none is ever half.
+"""
+
+import contextlib
+import os
+import shutil
+from dataclasses import asdict
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from support.config import changes_on_resume
+from support.errors import InputError
+from support.files import digest_tensors, read_tensors, write_tensors, write_text
+from support.processes import gather, is_first, say, shard_like, wait_for_all
+from support.sources import stand_ins_used
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
+KEPT_CHECKPOINTS = 2  # the one before is for when the newest is damaged
+
+
+def save_checkpoint(folder, weights, optimizer, step):
+    """Write folder/step_N whole or not at all, then remove all but it and the one before.
+
+    step    how many optimizer steps are done
+    raises  OSError or SafetensorError, as on a full disk; the earlier ones stay
+    """
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"weight.{name}"] = weight
+        for key, tensor in optimizer.state[weight].items():
+            tensors[f"{key}.{name}"] = tensor
+    tensors = gather(tensors)
+    tensors["position"] = torch.tensor([step], dtype=torch.float64)
+    if is_first():
+        metadata = {"digest": digest_tensors(tensors)}
+        write_tensors(folder / f"step_{step:07d}.safetensors", tensors, metadata)
+    for old in sorted(folder.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
+        old.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder, weights, optimizer):
+    """Fill weights and optimizer from the newest undamaged checkpoint; returns its step, or 0."""
+    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+        saved = _read_checkpoint(path)
+        if saved is None:
+            say(f"Warning: {path} is damaged; the one before it is tried")
+            path.unlink(missing_ok=True)  # it would count as one of the two to keep
+            continue
+        for name, weight in weights.items():
+            weight.data.copy_(shard_like(saved[f"weight.{name}"], weight))
+            optimizer.state[weight] = {}
+            for key in ADAMW_STATE:
+                tensor = saved.get(f"{key}.{name}")
+                if tensor is not None:  # there is none before a step that was not skipped
+                    optimizer.state[weight][key] = shard_like(tensor, weight)
+        say(f"Resuming from {path}")
+        return int(saved["position"][0])
+    return 0
+
+
+def _read_checkpoint(path):
+    """A checkpoint's tensors; None unless they are the ones that were written."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    saved = read_tensors(path)
+    if saved is None or metadata.get("digest") != digest_tensors(saved):
+        return None
+    return saved
+
+
+def is_finished(folder, config):
+    """Whether the run in this folder is; raises InputError if its settings are not these."""
+    path = folder / "config.yaml"
+    if path.exists():
+        changes = changes_on_resume(config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        if changes:
+            raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
+    return (folder / "model").exists()
+
+
+@contextlib.contextmanager
+def claim(folder, config, overwrite):
+    """Hold the lock on a run's folder, with its settings noted there, while the run lasts.
+
+    A dead process does not keep the lock. Several processes all wait for the first one's.
+
+    raises   InputError if another process holds it
+    """
+    lock = FileLock(folder / ".lock")
+    if is_first():
+        _acquire(lock, folder)
+        _prepare_folder(folder, config, overwrite)
+    wait_for_all()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock, folder):
+    try:
+        lock.acquire(timeout=0)  # makes the folder too
+    except Timeout:
+        raise InputError(f"another process is training in {folder}") from None
+
+
+def _prepare_folder(folder, config, overwrite):
+    """Remove what an earlier run left, if it is to be trained anew, and note the settings."""
+    if overwrite:
+        for name in ("checkpoints", "model.tmp"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if (folder / "model").exists():
+            os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
+    settings = yaml.safe_dump(asdict(config))
+    write_text(folder / "config.yaml", f"# stand-ins used: {stand_ins_used or 'none'}\n{settings}")

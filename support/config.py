@@ -1,0 +1,194 @@
+"""Settings: config.yaml and the command line in, a checked Config for each run out."""
+
+import argparse
+import difflib
+import itertools
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from support.errors import InputError
+
+CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
+# Settings that decide how a run is watched, not what it computes.
+MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
+# Runs of a sweep that differ in these alone share the model, the pairs and the reference.
+MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
+    "loss",
+    "beta",
+    "label_smoothing",
+    "epochs",
+    "lr",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "save_dtype",
+    "lora_merge",
+    "output_dir",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, which takes 1e-7 for text, with 1e-7 as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+@dataclass(frozen=True, config={"extra": "forbid", "strict": True, "allow_inf_nan": False})
+class Config:
+    """All settings of one run; config.yaml says what each one does."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    lora_r: int = Field(0, ge=0)
+    lora_alpha: float = Field(16.0, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_target_modules: str = "all-linear"
+    lora_merge: bool = False
+    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
+    split: str | None = "train_prefs"
+    eval_dataset: str | None = None
+    eval_split: str | None = "test_prefs"
+    train_pairs: int = Field(500, ge=0)
+    eval_pairs: int = Field(100, ge=0)
+    shuffle: bool = True
+    keep_ties: bool = False
+    seed: int = Field(42, ge=0, lt=2**32)
+    max_length: int = Field(1024, ge=2)
+    max_prompt_length: int = Field(512, ge=1)
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    beta: float = Field(0.1, ge=1e-6, le=1e6)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    length_normalize: bool = False
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(2, ge=1)
+    lr: float = Field(1e-7, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=1e3)
+    max_grad_norm: float = Field(1.0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    activation_checkpointing: bool = False
+    output_dir: str = "runs/beta{beta}_lr{lr}"
+    eval_every: int = Field(50, ge=0)
+    save_every: int = Field(50, ge=0)
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    sample_prompts: int = Field(3, ge=0)
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    reference_cache: str | None = "runs/reference_cache"
+    offline: dict[str, str] | None = None
+
+
+def parse_command_line(description, arguments=None):
+    """The command line's options: config (a path), overrides, dry_run, overwrite."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=CONFIG_FILE.read_text(encoding="utf-8"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings for this run")
+    parser.add_argument("--config", required=True, help="YAML file of settings, listed below")
+    parser.add_argument("--dry-run", action="store_true", help="show data and cost, train nothing")
+    parser.add_argument("--overwrite", action="store_true", help="train finished runs anew")
+    return parser.parse_intermixed_args(arguments)
+
+
+def read_config(path, overrides=()):
+    """Read config.yaml and `name=value` overrides; the last of a repeated override counts.
+
+    returns  a Config for each run (several where settings are lists), and the names that vary
+    raises   InputError for a file, a name or a value that is not right
+    """
+    settings = _read_settings(path, overrides)
+    choices = {}
+    for name, value in settings.items():
+        is_list = isinstance(value, list) and value
+        choices[str(name)] = value if is_list else [value]
+    varied = [name for name, values in choices.items() if len(values) > 1]
+    configs = []
+    for values in itertools.product(*choices.values()):
+        config = _check(dict(zip(choices, values, strict=True)))
+        config = replace(config, output_dir=_output_dir(config, varied))
+        if config not in configs:
+            configs.append(config)
+    return configs, varied
+
+
+def _read_settings(path, overrides):
+    """The settings of a YAML file and of overrides, as they were typed."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        settings = dict(yaml.load(text, _Loader) or {})
+        for override in overrides:
+            name, _, value = override.partition("=")
+            settings[name] = yaml.load(value, _Loader)
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read config {path} {list(overrides)}: {error}") from error
+    return settings
+
+
+def _check(settings):
+    """The settings as a Config; InputError names the first wrong one and what would be right."""
+    try:
+        config = Config(**settings)
+    except ValidationError as error:
+        raise InputError(_explain(error.errors()[0])) from error
+    if config.label_smoothing and config.loss != "sigmoid":
+        raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
+    return config
+
+
+def _explain(problem):
+    """One line on a problem that pydantic found, with the nearest name of an unknown setting."""
+    name = str(problem["loc"][0])
+    message = f"{name}: {problem['msg']}, not {problem['input']!r:.200}"
+    known = [field.name for field in fields(Config)]
+    if name in known:
+        return message
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    return f"{message} (did you mean {nearest}? --help lists all settings)"
+
+
+def _output_dir(config, varied):
+    """The run's folder: braces filled in, and a part for each setting that varies."""
+    folder = config.output_dir
+    for name in varied:
+        if f"{{{name}}}" not in folder:
+            folder += f"_{name}{{{name}}}"
+    for name, value in asdict(config).items():
+        folder = folder.replace(f"{{{name}}}", str(value).replace("/", "-"))
+    if "{" in folder:
+        raise InputError(f"output_dir {folder}: braces must hold a setting's name")
+    return folder
+
+
+def shares_setup(config, other):
+    """Whether two runs can share one model, its pairs and the reference's log-probabilities."""
+    fixed, others = asdict(config), asdict(other)
+    return all(fixed[name] == others[name] for name in fixed.keys() - MAY_DIFFER_ON_ONE_SETUP)
+
+
+def changes_on_resume(config, saved):
+    """What was changed in an unfinished run's settings that decides what it computes.
+
+    saved    the settings in the run's config.yaml
+    returns  list of "beta was 0.1, is 0.2"
+    """
+    changes = []
+    for name, value in asdict(config).items():
+        harmless = name in MAY_CHANGE_ON_RESUME or name == "output_dir"
+        if name in saved and saved[name] != value and not harmless:
+            changes.append(f"{name} was {saved[name]}, is {value}")
+    return changes

@@ -1,0 +1,50 @@
+"""Files that are whole whatever happens: written beside their place, flushed, then renamed."""
+
+import hashlib
+import os
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from support.processes import is_first
+
+
+def write_atomically(path, write):
+    """Let write(temporary path) make a file; a crash leaves the old one or the new one whole."""
+    if not is_first():
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def digest_tensors(tensors):
+    """sha256 of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy())
+    return digest.hexdigest()
+
+
+def read_tensors(path):
+    """The tensors of a safetensors file by name; None if there is none, or a damaged one."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        return None
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file, whole or not at all; the first process's alone."""
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))

@@ -1,0 +1,88 @@
+"""The machine: what device and dtype a run computes with, its speed, the memory that was used."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+import transformers
+from torch.utils.benchmark import Timer
+
+from support.errors import InputError, first_line
+from support.processes import WORLD
+
+
+def resolve_machine(config):
+    """The config with device and dtype decided: bfloat16 only where it is the faster one.
+
+    raises   InputError for a device that is not there or a package that is not installed
+    """
+    _require_packages(config)
+    device = config.device
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(1, device=device)
+        fast = _multiplies_bfloat16_faster(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: {first_line(error)}") from error
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    return replace(config, device=device, dtype=dtype)
+
+
+def _require_packages(config):
+    """InputError for an optional package that the config needs and that is not installed."""
+    needed = []
+    if config.lora_r:
+        needed.append("peft")
+    if config.report_to != "none":
+        needed.append(config.report_to)
+    for package in needed:
+        if not find_spec(package):
+            raise InputError(f"this config needs {package}: pip install {package}")
+
+
+def _multiplies_bfloat16_faster(device):
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = torch.cpu.get_capabilities()
+    return device == "cpu" and bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
+def numerics(config):
+    """What a log-probability's last digits depend on, beside the weights and the row it is in."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": config.device,
+        "dtype": config.dtype,
+        "processes": WORLD,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name"),
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def matmul_peak(config):
+    """Floating point operations a second of matrix products in the compute dtype, measured."""
+    size = 1024 if config.device == "cpu" else 8192  # enough to keep it busy
+    a = torch.randn(size, size, device=config.device, dtype=getattr(torch, config.dtype))
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return WORLD * 2 * size**3 / timer.timeit(20).median
+
+
+def operations_a_token(model, weights):
+    """Floating point operations of a training step for each token.
+
+    Two a weight in the forward pass, two in the backward pass, and two more if it is trained.
+    """
+    trained = sum(weight.numel() for weight in weights.values())
+    return 2 * (2 * model.num_parameters() + trained)
+
+
+def peak_memory():
+    """Bytes of GPU memory, or of main memory without one, that this process held at most."""
+    return torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024

