@@ -5,6 +5,7 @@ load_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_
 How files and the Hub are read is in support/sources.py.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -129,6 +130,17 @@ def _evaluation_records(config, records, order):
     # held out from the end of the training order, a fifth of it at the most
     a_fifth = max(1, len(order) // 5)
     return records, order[::-1], min(config.eval_pairs, a_fifth)
+
+
+def digest_pairs(pairs):
+    """sha256 of the token ids of pairs by split, in their order."""
+    digest = hashlib.sha256()
+    for split, part in pairs.items():
+        digest.update(split.encode())
+        for pair in part:
+            ids = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+            digest.update(json.dumps(ids).encode())
+    return digest.hexdigest()
 
 
 def _no_usable_pair(source, drops):

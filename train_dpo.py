@@ -39,9 +39,10 @@ import data
 from dpo_loss import dpo_loss, pair_metrics, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report
 from support.cache import read_or_compute
-from support.checkpoint import claim, is_finished, load_checkpoint, save_checkpoint
+from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
+from support.checks import check_model
 from support.config import parse_command_line, read_config, shares_setup
-from support.errors import InputError, first_line
+from support.errors import InputError
 from support.files import digest_tensors
 from support.machine import matmul_peak, numerics, operations_a_token, resolve_machine
 from support.model import (
@@ -64,7 +65,7 @@ class Setup:
     policy: "AnswerLogps"
     tokenizer: transformers.PreTrainedTokenizerBase
     weights: dict[str, torch.Tensor]  # the trained float32 master weights, from place_weights
-    digest: str  # sha256 of the model before training, without an adapter
+    origin: dict[str, str]  # sha256 of the model before training, without adapter, and of the pairs
     pairs: dict[str, list[data.Pair]]
     drops: dict[str, Counter]  # how many records were dropped, by reason
     steps: dict[str, list[list[data.Row]]]  # the rows of pairs of each optimizer step
@@ -154,17 +155,19 @@ def train(setup, config, folder):
     optimizer = make_optimizer(setup.weights, config)
     order = order_steps(setup.steps["train"], config)
     total = len(order)
-    done = load_checkpoint(folder / "checkpoints", setup.weights, optimizer)
+    checkpoints = folder / "checkpoints"
+    done = load_checkpoint(checkpoints, setup.weights, optimizer, setup.origin)
     # the policy computes with what was loaded, or with where this run of a sweep begins
     round_weights(setup.policy, setup.weights)
-    has_evaluation = bool(setup.pairs["eval"])
     skipped_in_a_row = 0
 
     with RunLog(folder, config, order, done, setup.reference_seconds, setup.peak_share) as log:
-        if has_evaluation and not done:
-            log.log_evaluation(0, evaluate(setup, config, setup.reference["eval"]))
+        # a kill may have come between a checkpoint and the evaluation after it
+        if evaluation_due(setup, config, done, total) and done not in log.evaluated:
+            # before its first step the policy is the reference
+            logps = None if done else setup.reference["eval"]
+            log.log_evaluation(done, evaluate(setup, config, logps))
         for step, rows in enumerate(order[done:], done + 1):
-            last = step == total
             lr = learning_rate(step - 1, total, config)
             # lora_dropout draws from a generator seeded by the step, so there is no state to save
             torch.manual_seed(config.seed + step)
@@ -175,14 +178,18 @@ def train(setup, config, folder):
             skipped_in_a_row = skipped_in_a_row + 1 if "skipped" in figures else 0
             if skipped_in_a_row == 3:
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
-            if has_evaluation and (last or is_due(step, config.eval_every)):
-                log.log_evaluation(step, evaluate(setup, config))
 
             # none amid skipped steps unless asked to stop: going on from it would count them anew
-            due = skipped_in_a_row == 0 and (last or is_due(step, config.save_every))
+            due = skipped_in_a_row == 0 and (step == total or is_due(step, config.save_every))
+            if due:
+                save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
+            evaluation = evaluation_due(setup, config, step, total)
+            if evaluation and not processes.stop_requested(config.device):
+                log.log_evaluation(step, evaluate(setup, config))
             stop = processes.stop_requested(config.device)
+            if stop and not due:
+                save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
             if stop or due:
-                save_checkpoint(folder / "checkpoints", setup.weights, optimizer, step)
                 report.draw_curves(folder)
             if stop:
                 processes.stop()
@@ -191,6 +198,13 @@ def train(setup, config, folder):
 def is_due(step, every):
     """Whether something that is done every so many steps is; 0 is never."""
     return every > 0 and step % every == 0
+
+
+def evaluation_due(setup, config, step, total):
+    """Whether the evaluation pairs are scored after a step: before the first, the last, between."""
+    if not setup.pairs["eval"]:
+        return False
+    return step in (0, total) or is_due(step, config.eval_every)
 
 
 def order_steps(steps, config):
@@ -384,36 +398,6 @@ transformers.AttentionInterface.register("shared_prompt", shared_prompt_attentio
 
 
 @torch.no_grad()
-def choose_layout(policy, pairs, tolerance=1e-3):
-    """Let the policy share prompts if that gives what separate sequences give.
-
-    Compared is the longest pair, within `tolerance` nats a token. Sequences beyond the model's
-    sliding window never share.
-
-    returns  whether prompts are shared
-    """
-    longest = max(pairs, key=lambda pair: pair.length)
-    row = data.make_row([longest], [0], policy.model.device)
-    policy.share_prompts(False)
-    separate = policy(row)
-    difference = math.inf
-    try:
-        policy.share_prompts(True)
-        difference = (separate - policy(row)).abs().max().item()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        say(f"The model refuses rows that share a prompt: {first_line(error)}")
-    window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or math.inf
-    shared = difference <= tolerance and longest.length <= window
-    policy.share_prompts(shared)
-    layout = "shared prompts" if shared else "separate sequences"
-    say(
-        f"Layout: {layout}, {difference:.1e} nat a token apart on the longest of {longest.length} "
-        f"tokens (sliding window {window})"
-    )
-    return shared
-
-
-@torch.no_grad()
 def compute_logps(setup, split, config, title, interruptible=False):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
@@ -462,7 +446,7 @@ def reference_logps(setup, config):
     # whatever changes a log-probability's last digit, but for this code itself
     depends_on = {
         **numerics(config),
-        "weights": setup.digest,
+        "weights": setup.origin["model"],
         "adapter": config.lora_r > 0,
         "shared prompts": setup.policy.shared,
         "attention": setup.policy.native_attention,
@@ -483,19 +467,21 @@ def prepare(config, dry=False):
     """
     model, tokenizer = load_model(config)
     pairs, drops = data.load_pairs(config, tokenizer)
-    digest = digest_tensors(model.state_dict())
+    origin = {"model": digest_tensors(model.state_dict()), "pairs": data.digest_pairs(pairs)}
     policy = AnswerLogps(model)
-    choose_layout(policy, pairs["train"] + pairs["eval"])
+    check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
     if config.lora_r:
         add_adapter(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     weights = place_weights(policy, config)
+    if not dry:
+        check_room(config, model, weights)
     setup = Setup(
         policy=policy,
         tokenizer=tokenizer,
         weights=weights,
-        digest=digest,
+        origin=origin,
         pairs=pairs,
         drops=drops,
         steps=lay_out(pairs, config),

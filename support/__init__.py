@@ -9,5 +9,5 @@ model       loading, adapters, float32, saving    dry_run     a pair as the mode
 machine     device and dtype, speed, memory       sampler     answers that a model gives
 processes   torchrun's ranks, signals, printing   cache       tensors that runs share
 checkpoint  a run's folder, lock and checkpoints  files       files written whole or not at all
-errors      InputError
+checks      what is asked of model and pairs  errors      InputError
 """

@@ -13,7 +13,9 @@ Each file is written beside its place and renamed (support/files.py), so that no
 import contextlib
 import os
 import shutil
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import yaml
@@ -30,10 +32,11 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
 KEPT_CHECKPOINTS = 2  # the one before is for when the newest is damaged
 
 
-def save_checkpoint(folder, weights, optimizer, step):
+def save_checkpoint(folder, weights, optimizer, step, origin):
     """Write folder/step_N whole or not at all, then remove all but it and the one before.
 
     step    how many optimizer steps are done
+    origin  {name: digest} of what the run began with, which must be the same when it goes on
     raises  OSError or SafetensorError, as on a full disk; the earlier ones stay
     """
     tensors = {}
@@ -44,20 +47,25 @@ def save_checkpoint(folder, weights, optimizer, step):
     tensors = gather(tensors)
     tensors["position"] = torch.tensor([step], dtype=torch.float64)
     if is_first():
-        metadata = {"digest": digest_tensors(tensors)}
+        metadata = {**origin, "digest": digest_tensors(tensors)}
         write_tensors(folder / f"step_{step:07d}.safetensors", tensors, metadata)
     for old in sorted(folder.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder, weights, optimizer):
-    """Fill weights and optimizer from the newest undamaged checkpoint; returns its step, or 0."""
+def load_checkpoint(folder, weights, optimizer, origin):
+    """Fill weights and optimizer from the newest undamaged checkpoint; returns its step, or 0.
+
+    origin  as in save_checkpoint
+    raises  InputError if the run began with another model or other pairs
+    """
     for path in sorted(folder.glob("*.safetensors"), reverse=True):
-        saved = _read_checkpoint(path)
+        metadata, saved = _read_checkpoint(path)
         if saved is None:
             say(f"Warning: {path} is damaged; the one before it is tried")
             path.unlink(missing_ok=True)  # it would count as one of the two to keep
             continue
+        _check_origin(folder, metadata, origin)
         for name, weight in weights.items():
             weight.data.copy_(shard_like(saved[f"weight.{name}"], weight))
             optimizer.state[weight] = {}
@@ -71,16 +79,73 @@ def load_checkpoint(folder, weights, optimizer):
 
 
 def _read_checkpoint(path):
-    """A checkpoint's tensors; None unless they are the ones that were written."""
+    """A checkpoint's metadata and tensors; None for these unless they are what was written."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError):
-        return None
+        return {}, None
     saved = read_tensors(path)
     if saved is None or metadata.get("digest") != digest_tensors(saved):
-        return None
-    return saved
+        return metadata, None
+    return metadata, saved
+
+
+def _check_origin(folder, metadata, origin):
+    """Refuse to go on with a run on another model or other pairs than it began with."""
+    changed = [name for name, digest in origin.items() if metadata.get(name) != digest]
+    if changed:
+        raise InputError(
+            f"{folder.parent}: the {' and the '.join(changed)} changed since this run began "
+            "(files that were edited or replaced, or a branch of the Hub that moved on). Put them "
+            "back, give another output_dir, or train anew with --overwrite"
+        )
+
+
+def check_room(config, model, weights):
+    """Refuse to begin what could not be written: a folder that is read-only, or too full a disk.
+
+    raises  InputError
+    """
+    if not is_first():
+        return
+    run = Path(config.output_dir)
+    _check_writable(run, "output_dir")
+    if config.reference_cache:
+        _check_writable(Path(config.reference_cache), "reference_cache")
+    # a weight, its two moments, in float32; two checkpoints are kept while a third is written
+    checkpoints = KEPT_CHECKPOINTS + 1 if config.save_every else 1
+    needed = 0
+    for weight in weights.values():
+        needed += 12 * weight.numel() * checkpoints
+    if config.lora_r == 0 or config.lora_merge:
+        needed += getattr(torch, config.save_dtype).itemsize * model.num_parameters()
+    for path in run.glob("checkpoints/*"):
+        needed -= path.stat().st_size
+    free = shutil.disk_usage(_existing(run)).free
+    if free < needed:
+        raise InputError(
+            f"output_dir {run}: {free / 1e9:.3g} GB are free on its disk, and the run needs "
+            f"{needed / 1e9:.3g} GB for {checkpoints} checkpoints and the model. Make room, or "
+            "give another output_dir; save_every=0 writes one checkpoint only"
+        )
+
+
+def _existing(folder):
+    """The folder itself, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _check_writable(folder, setting):
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        fault = f"{setting} {folder}: nothing can be written there ({error.strerror})"
+        raise InputError(f"{fault}. Give another {setting}") from error
 
 
 def is_finished(folder, config):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from support.errors import InputError
-from support.processes import WORLD
+from support.processes import WORLD, say
 from support.sources import open_source
 
 
@@ -27,11 +27,17 @@ def load_model(config):
             "trust_remote_code": config.trust_remote_code,
             "revision": config.revision or "main",
         }
-        weights = {"dtype": torch.float32, "use_safetensors": True}
+        weights = {
+            "dtype": torch.float32,
+            "use_safetensors": True,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,  # for _check_weights to name them
+        }
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
+        _check_weights(found, config.model)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         return model, tokenizer
 
@@ -41,11 +47,39 @@ def load_model(config):
     return model.eval(), tokenizer
 
 
+def _check_weights(found, name):
+    """Refuse a checkpoint that leaves weights of the model at random; name what it has too much.
+
+    found   what transformers tells of loading it: missing_keys, unexpected_keys, mismatched_keys
+    """
+    surplus = _some(found["unexpected_keys"])
+    absent = _some([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if absent:
+        message = f"model {name}: its files do not hold these weights of the model: {absent}"
+        if surplus:
+            message += f". They hold these instead: {surplus}. Save the model again under its names"
+        raise InputError(message)
+    if surplus:
+        say(f"Warning: the files of model {name} hold weights that it does not use: {surplus}")
+
+
+def _some(names, most=4):
+    """The first few names as text."""
+    names = sorted(names)
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
+
+
 def _disable_dropout(model):
-    """Set every dropout rate to 0: train mode is for checkpointing and lora_dropout alone."""
+    """Set every rate of dropout or jitter to 0: train mode is for checkpointing and lora_dropout.
+
+    A mixture of experts may multiply its router's inputs by noise, which it calls jitter.
+    """
     for module in model.modules():
         for name, value in vars(module).items():
-            is_rate = "drop" in name or isinstance(module, nn.Dropout)
+            is_rate = "drop" in name or "jitter" in name or isinstance(module, nn.Dropout)
             if isinstance(value, float) and is_rate:
                 setattr(module, name, 0.0)
 

@@ -38,6 +38,7 @@ class RunLog:
     done              the step of the checkpoint it goes on from, or 0
     before            seconds that a new run's clock has run already: the reference pass
     peak_share        share of the machine's peak that one token a second is
+    evaluated         (attribute) the steps whose evaluation is in the rows that were kept
     """
 
     def __init__(self, folder, config, order, done, before, peak_share):
@@ -49,8 +50,13 @@ class RunLog:
         self.peak_share = peak_share
         self.began = time.time()
         kept = []
-        if done:
-            kept = [row for row in read_rows(self.path) if row["step"] <= done]
+        self.evaluated = set()
+        for row in read_rows(self.path):
+            if done == 0 or row["step"] > done:
+                continue
+            kept.append(row)
+            if row["split"] == "eval":
+                self.evaluated.add(row["step"])
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.start = self.began - (kept[-1]["seconds"] if kept else before)
         self.track = _open_tracker(config, folder, done + 1)

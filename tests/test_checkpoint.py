@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
-from support import files, report, run_log
+from support import files, processes, report, run_log
 from support.checkpoint import claim
 from support.config import Config, _Loader, read_config
 from support.errors import InputError
@@ -838,3 +838,90 @@ def test_a_run_cannot_start_where_another_is_training(dpo, overrides, capsys):
 
 if __name__ == "__main__":
     nursery()
+
+
+def interrupt_after(steps, monkeypatch):
+    """Let a run be interrupted after so many optimizer steps."""
+    calls, step = [], train_dpo.train_step
+
+    def stopped(*given):
+        calls.append(1)
+        if len(calls) == steps:
+            processes._signals.append(signal.SIGTERM)
+        return step(*given)
+
+    monkeypatch.setattr(processes, "_signals", [])
+    monkeypatch.setattr(train_dpo, "train_step", stopped)
+
+
+def start_and_interrupt(dpo, **settings):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        assert dpo(**settings) == 143
+
+
+CHANGED_MODELS = {"other weights": {"seed": 1}, "another architecture": {"num_hidden_layers": 1}}
+
+
+@pytest.mark.parametrize("change", CHANGED_MODELS)
+def test_a_run_does_not_go_on_with_a_model_that_was_replaced(tmp_path, dpo, capsys, change):
+    model = write_model(tmp_path / "model")
+    start_and_interrupt(dpo, model=model)
+    shutil.rmtree(model)
+    write_model(tmp_path / "model", **CHANGED_MODELS[change])
+    assert dpo(model=model) == 2
+    assert "Error: out: the model changed since this run began" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_pairs_that_were_edited(tmp_path, dpo, capsys):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", records())
+    start_and_interrupt(dpo, dataset=pairs)
+    text = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(text.replace("river", "ocean"))
+    assert dpo(dataset=pairs) == 2
+    assert "Error: out: the pairs changed since this run began" in capsys.readouterr().out
+    (tmp_path / "pairs.jsonl").write_text(text)
+    assert dpo(dataset=pairs) == 0
+
+
+def test_a_kill_during_an_evaluation_loses_no_step(dpo, monkeypatch):
+    settings = {"train_pairs": 8, "eval_every": 2, "save_every": 2}
+    assert dpo(**settings, output_dir="whole") == 0
+    evaluate, calls = train_dpo.evaluate, []
+
+    def fails_after_step_2(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("killed")
+        return evaluate(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo, "evaluate", fails_after_step_2)
+        assert dpo(**settings) == 1
+    assert [path.stem for path in Path("out/checkpoints").iterdir()] == ["step_0000002"]
+    assert dpo(**settings) == 0
+    assert read_metrics("out") == read_metrics("whole")
+    assert weights_bytes("out") == weights_bytes("whole")
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "reference_cache"])
+@pytest.mark.parametrize("place", ["a_file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_reference_pass(
+    dpo, capsys, setting, place
+):
+    Path("a_file").write_text("")
+    assert dpo(**{setting: place}) == 2
+    printed = capsys.readouterr().out
+    assert f"Error: {setting} {place}: nothing can be written there" in printed
+    assert "reference, train" not in printed
+
+
+def test_too_full_a_disk_is_told_before_the_reference_pass_with_both_numbers(
+    dpo, capsys, monkeypatch
+):
+    free = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert dpo(save_every=1) == 2
+    printed = capsys.readouterr().out
+    assert "Error: output_dir out: 1e-06 GB are free on its disk" in printed
+    assert "reference, train" not in printed

@@ -34,8 +34,9 @@ from helpers import (
     write_jsonl,
     write_model,
 )
+from support.checks import choose_layout
 from support.config import Config, read_config
-from train_dpo import AnswerLogps, choose_layout
+from train_dpo import AnswerLogps
 
 # Layouts
 
@@ -66,7 +67,7 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_separate_seq
     model = build_model(family, **FAMILIES[family])
     twin = copy.deepcopy(model)
     policy = AnswerLogps(model)
-    assert choose_layout(policy, PAIRS) and policy.shared
+    assert choose_layout(policy, PAIRS, make_row) and policy.shared
     row = make_row(PAIRS, [0, 1, 2])
     direction = torch.randn(len(row.targets), generator=torch.Generator().manual_seed(4))
     shared, grads = gradients(policy, row, direction)
@@ -92,14 +93,14 @@ def test_a_pair_in_a_row_does_not_see_its_neighbours():
 def test_rows_beyond_a_sliding_window_run_as_separate_sequences():
     policy = AnswerLogps(build_model("mistral", sliding_window=16))
     short, long = random_pair(4, 5, 6), random_pair(20, 10, 12)
-    assert choose_layout(policy, [short]) and policy.shared
-    assert not choose_layout(policy, [short, long, short]) and not policy.shared
+    assert choose_layout(policy, [short], make_row) and policy.shared
+    assert not choose_layout(policy, [short, long, short], make_row) and not policy.shared
 
 
 def test_a_long_sequence_counts_although_another_pair_has_more_tokens():
     policy = AnswerLogps(build_model("mistral", sliding_window=32))
-    assert choose_layout(policy, [random_pair(10, 21, 21)])
-    assert not choose_layout(policy, [random_pair(10, 21, 21), random_pair(2, 36, 1)])
+    assert choose_layout(policy, [random_pair(10, 21, 21)], make_row)
+    assert not choose_layout(policy, [random_pair(10, 21, 21), random_pair(2, 36, 1)], make_row)
 
 
 def test_a_short_first_pair_hides_nothing_from_the_check(monkeypatch):
@@ -108,8 +109,8 @@ def test_a_short_first_pair_hides_nothing_from_the_check(monkeypatch):
     model.config.sliding_window = None  # as if the model named its window otherwise
     policy = AnswerLogps(model)
     short, long = random_pair(4, 5, 6), random_pair(20, 10, 12)
-    assert choose_layout(policy, [short])
-    assert not choose_layout(policy, [short, long, short])
+    assert choose_layout(policy, [short], make_row)
+    assert not choose_layout(policy, [short, long, short], make_row)
 
 
 GPT_NEO = {"attention_types": [[["local"], 2]], "window_size": 8, "num_layers": 2, "num_heads": 4}
@@ -133,7 +134,7 @@ def test_whatever_layout_is_chosen_gives_the_models_own_log_probabilities(family
     twin = copy.deepcopy(model)
     pairs = [*PAIRS, random_pair(15, 10, 20, seed=5)]
     policy = AnswerLogps(model)
-    shared = choose_layout(policy, pairs)
+    shared = choose_layout(policy, pairs, make_row)
     assert policy.shared == shared and not (shared and family == "mamba")
     with torch.no_grad():
         logps = policy(make_row(pairs, range(4)))
@@ -144,7 +145,7 @@ def test_the_choice_of_a_layout_leaves_the_model_as_it_was():
     model = build_model("gemma2")
     own = model.config._attn_implementation
     policy = AnswerLogps(model)
-    shared = choose_layout(policy, PAIRS)
+    shared = choose_layout(policy, PAIRS, make_row)
     chosen = "shared_prompt" if shared else own
     assert model.config._attn_implementation == chosen and model.training
     policy.share_prompts(False)
@@ -435,6 +436,9 @@ def test_activation_checkpointing_computes_layers_again(ready, monkeypatch):
 # The reference and its cache
 
 
+CHECKED = 5  # rows that the checks at start run: two for the layout, three for noise
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """The rows that the policy has run, one after the other."""
@@ -452,7 +456,7 @@ def test_a_second_run_reads_the_reference_from_the_cache(ready, dpo, passes):
     fresh, _ = ready(reference_cache="cache")
     computed = len(passes)
     cached, _ = ready(reference_cache="cache", beta=0.7, lr=1e-5, output_dir="b")
-    assert len(passes) - computed <= 2 < computed  # the choice of a layout runs one pair twice
+    assert len(passes) - computed == CHECKED < computed
     for split in ("train", "eval"):
         assert torch.equal(cached.reference[split], fresh.reference[split])
     assert dpo(reference_cache="cache", beta=0.7) == 0 and dpo(beta=0.7, output_dir="no_cache") == 0
@@ -476,7 +480,7 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
     ready(reference_cache="cache", max_length=70)
     before = len(passes)
     setup, _ = ready(reference_cache="cache", **{"max_length": 70, **changes})
-    assert len(passes) - before > 2
+    assert len(passes) - before > CHECKED
     with torch.no_grad():
         row = setup.steps["train"][0][0]
         average = changes.get("length_normalize", False)
@@ -499,7 +503,7 @@ def test_the_cache_is_not_read_for_another_model_at_the_same_path(tmp_path, read
         model = write_model(tmp_path / "model", seed=seed)
         before = len(passes)
         ready(model=model, reference_cache="cache")
-        assert len(passes) - before > 2
+        assert len(passes) - before > CHECKED
 
 
 # Whole runs and sweeps
