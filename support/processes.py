@@ -62,7 +62,8 @@ def progress(title, total, done=0):
     if not sys.stderr.isatty():
         say(f"{title}: {total} pairs")
     hidden = None if is_first() else True  # None: hidden unless on a terminal
-    return tqdm(desc=title, total=total, initial=done, unit="pair", disable=hidden)
+    shape = {"unit": "pair", "dynamic_ncols": True}
+    return tqdm(desc=title, total=total, initial=done, disable=hidden, **shape)
 
 
 def wait_for_all():

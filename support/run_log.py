@@ -2,13 +2,23 @@
 
 import json
 import math
+import os
+import sys
 import time
 from dataclasses import asdict
 
 from support.files import write_text
 from support.processes import is_first, progress, say
 
-SHOWN = ["loss", "rewards/margins", "rewards/accuracies", "tokens_per_second", "peak_share"]
+SHOWN = {  # on the bar and in lines, the most telling first
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "tokens_per_second": "tokens/s",
+    "peak_share": "peak share",
+}
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+BAR_COLUMNS = 48  # that a bar of a long run needs beside the figures
 
 
 def read_rows(path, split=None):
@@ -61,6 +71,7 @@ class RunLog:
         self.start = self.began - (kept[-1]["seconds"] if kept else before)
         self.track = _open_tracker(config, folder, done + 1)
         self.bar = progress("training", sum(self.pairs), sum(self.pairs[:done]))
+        self.bar.bar_format = BAR
 
     def __enter__(self):
         return self
@@ -101,17 +112,33 @@ class RunLog:
     def _show(self, step, figures):
         """Move the bar; without a terminal print a line, twenty times in a run."""
         shown = []
-        for name in SHOWN:
-            shown.append(f"{name.rpartition('/')[2]} {figures[name]:.4g}")
-        shown = ", ".join(shown)
+        for name, label in SHOWN.items():
+            shown.append(f"{label} {figures[name]:.4g}")
         total = len(self.pairs)
-        self.bar.set_postfix_str(shown, refresh=False)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(fit(shown, _columns() - BAR_COLUMNS), refresh=False)
         self.bar.update(self.pairs[step - 1])
         twentieth = step * 20 // total
         if self.bar.disable and twentieth > (step - 1) * 20 // total:
             seconds_a_step = (time.time() - self.began) / (step - self.done)
             left = seconds_a_step * (total - step)
-            say(f"training {step}/{total}, {left:.0f} s left: {shown}")
+            say(f"training {step}/{total}, {left:.0f} s left: {', '.join(shown)}")
+
+
+def fit(parts, columns):
+    """As many of the parts, joined by commas, as the columns hold: whole ones, the first always."""
+    text, *others = parts
+    for part in others:
+        longer = f"{text}, {part}"
+        if len(longer) > columns:
+            break
+        text = longer
+    return text
+
+
+def _columns():
+    """The width of the terminal that the bar is on; some tell 0."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns or 80
 
 
 def _open_tracker(config, folder, first):

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,3 +245,27 @@ def read_metrics(folder="out", split=None, timed=False):
 
 def weights_bytes(folder="out"):
     return (Path(folder) / "model" / "model.safetensors").read_bytes()
+
+
+# Figures that no run has left
+
+
+def held_out(pairs=100, half_width=0.02, **after):
+    """Two evaluations: before, and after with other figures; an interval is the same for each."""
+    before = {"loss": math.log(2), "rewards/margins": 0.0, "rewards/accuracies": 0.5}
+    rows = []
+    for step, figures in enumerate([before, before | after]):
+        row = {"step": step, "split": "eval", "pairs": pairs, **figures}
+        for name in figures:
+            row[f"{name}/ci95"] = half_width
+        rows.append(row)
+    return rows
+
+
+BETTER = {"loss": 0.6, "rewards/margins": 0.2, "rewards/accuracies": 0.7}
+WORSE = {"loss": 0.9, "rewards/margins": -0.2, "rewards/accuracies": 0.3}
+UNFINITE = {"loss": None, "rewards/margins": None, "rewards/accuracies": None}
+
+
+def figures_of(accuracy, loss, margin):
+    return {"rewards/accuracies": accuracy, "loss": loss, "rewards/margins": margin}

@@ -1,0 +1,43 @@
+"""The progress bar: what it shows on terminals of different widths."""
+
+import fcntl
+import math
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+from pathlib import Path
+from types import SimpleNamespace
+
+from helpers import figures_of
+from support import run_log
+from support.config import Config
+
+
+def shown_at(columns, monkeypatch):
+    """What a step shows on a terminal of so many columns."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    monkeypatch.setattr(sys, "stderr", os.fdopen(end, "w"))
+    figures = figures_of(0.5625, math.log(2), -0.00012345) | {"tokens": 123456}
+    steps = [[SimpleNamespace(pairs=[0, 1])]] * 30000
+    with run_log.RunLog(Path(), Config(), steps, 0, 0.0, 1.234567e-7) as log:
+        log.log_step(1, figures, 100.0)
+        log.bar.refresh()
+    sys.stderr.close()
+    shown = os.read(terminal, 100000).decode()
+    return re.split(r"[\r\n]+", shown.strip())[-1]
+
+
+def test_the_bar_shows_loss_and_accuracy_at_80_columns(monkeypatch):
+    shown = shown_at(80, monkeypatch)
+    assert len(shown) <= 80 and shown.endswith("]")
+    assert "loss 0.6931, accuracy 0.5625]" in shown
+
+
+def test_the_bar_shows_all_figures_at_140_columns(monkeypatch):
+    shown = shown_at(140, monkeypatch)
+    assert len(shown) <= 140 and shown.endswith(", peak share 0.0001524]")
+    assert "loss 0.6931, accuracy 0.5625, margin -0.0001234, tokens/s 1235," in shown
