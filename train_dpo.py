@@ -37,7 +37,7 @@ from torch import nn
 
 import data
 from dpo_loss import dpo_loss, pair_metrics, sequence_logps, summarize, token_logps
-from support import dry_run, processes, report
+from support import dry_run, processes, report, sweep
 from support.cache import read_or_compute
 from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
 from support.checks import check_model
@@ -143,8 +143,8 @@ def run(configs, varied, options):
                 setup.weights[name].data.copy_(weight)
             train(setup, config, folder)
             finish(setup, config, folder)
-    if varied and configs[0].eval_pairs:
-        report.summarize_sweep(configs, varied)
+    if varied:
+        sweep.summarize_sweep(configs, varied)
 
 
 def train(setup, config, folder):

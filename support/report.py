@@ -1,10 +1,9 @@
-"""What a run leaves to be read: its pairs in numbers, curves, report.md, model card; a sweep."""
+"""What a run leaves to be read: its pairs in numbers, curves, report.md, model card."""
 
 import math
 import statistics
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import pandas
 import yaml
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 
 from support.files import write_atomically, write_text
 from support.machine import peak_memory
-from support.processes import is_first, say
+from support.processes import is_first
 from support.run_log import read_rows
 from support.sources import stand_ins_used
 
@@ -26,7 +25,6 @@ PANELS = [  # of curves.png, each with its lines
 ]
 COLORS = ["tab:blue", "tab:orange"]
 COMPARED = ["loss", "rewards/margins", "rewards/accuracies"]
-SWEPT = ["rewards/accuracies", "rewards/margins"]
 
 
 def describe_pairs(pairs, drops, config):
@@ -158,56 +156,3 @@ def write_report(folder, config, pairs, answers):
     about = {"base_model": config.model, "datasets": [config.dataset], "license": "other"}
     card = f"---\n{yaml.safe_dump(about)}---\n{text}"
     return card, f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}"
-
-
-def summarize_sweep(configs, varied):
-    """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them.
-
-    configs  of the runs
-    varied   the names of the settings in which they differ
-    """
-    if not is_first():
-        return
-    rows = []
-    for config in configs:
-        evaluations = read_rows(Path(config.output_dir) / "metrics.jsonl", "eval")
-        if not evaluations:
-            continue
-        row = {}
-        for name in varied:
-            row[name] = getattr(config, name)
-        rows.append(row | evaluations[-1])
-    frame = pandas.DataFrame(rows).sort_values(SWEPT, ascending=False)
-    folder = Path(configs[0].output_dir).parent
-    table = folder / "sweep.csv"
-    picture = folder / "sweep.png"
-    frame.to_csv(table, index=False)
-    shown = [*varied]
-    for name in SWEPT:
-        shown += [name, f"{name}/ci95"]
-    shown.append("loss")
-    say(frame[shown].to_string(index=False, float_format="{:.4g}".format))
-    _draw_sweep(frame, varied, picture)
-    say(f"The sweep is in {table} and {picture}")
-
-
-def _draw_sweep(frame, varied, path):
-    """Accuracy and margin over one setting, lr if it varies, with a line for each of the others."""
-    x = "lr" if "lr" in varied else varied[0]
-    others = [name for name in varied if name != x]
-    frame = frame.sort_values(x)
-    lines = {"eval": frame}
-    if others:
-        lines = {}
-        for values, part in frame.groupby(others):
-            label = " ".join(map(str, [*others, *values]))
-            lines[label] = part
-    figure = Figure((11, 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), SWEPT, strict=True):
-        for label, part in lines.items():
-            style = {"marker": "o", "capsize": 3, "label": label}
-            half_widths = part[f"{name}/ci95"].astype(float)
-            axis.errorbar(part[x].astype(str), part[name], half_widths, **style)
-        axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
-        axis.legend(fontsize=8)
-    write_atomically(path, partial(figure.savefig, format="png"))

@@ -119,6 +119,19 @@ def ready(overrides):
 
 
 @pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn."""
+    drawn = []
+
+    def note(figure, path, **_):
+        drawn.append(figure)
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    return drawn
+
+
+@pytest.fixture
 def setups(monkeypatch):
     """The setups of the runs that a test trains, one after the other."""
     seen, train = [], train_dpo.train

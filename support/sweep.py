@@ -1,0 +1,165 @@
+"""A sweep's runs side by side: in what order they come, sweep.csv and sweep.png."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pandas
+from matplotlib.figure import Figure
+
+from support.files import write_atomically
+from support.processes import is_first, say
+from support.run_log import read_rows
+
+BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
+SCALES = ["loss", "beta", "label_smoothing", "length_normalize"]  # what a loss is a loss of
+LOSS = "held-out loss"  # for loss is a setting's name too
+FINISHED = "finished"
+DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other
+
+
+def summarize_sweep(configs, varied, failed=None):
+    """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them.
+
+    Of the same accuracy, the smaller loss is first among runs whose losses compare. Runs that
+    diverged, were not evaluated or failed come last, and are marked.
+
+    configs  of the runs
+    varied   the names of the settings in which they differ
+    failed   {output_dir: reason} of the runs that did not end; sweep.csv has the reasons
+    """
+    if not is_first():
+        return
+    rows = []
+    for config in configs:
+        row = {}
+        for name in varied:
+            row[name] = plain(getattr(config, name))
+        row["output_dir"] = config.output_dir
+        reason = (failed or {}).get(config.output_dir)
+        rows.append(row | _outcome(Path(config.output_dir), reason))
+    rows = rank(rows, scales_of(varied))
+    folder = Path(configs[0].output_dir).parent
+    frame = pandas.DataFrame(rows)
+    write_atomically(folder / "sweep.csv", partial(frame.to_csv, index=False))
+    _print_table(frame, varied)
+    written = f"The sweep is in {folder / 'sweep.csv'}"
+    (folder / "sweep.png").unlink(missing_ok=True)  # it may be another sweep's
+    if rows[0]["outcome"] == FINISHED:
+        _draw_sweep(rows, varied, folder / "sweep.png")
+        written += f" and {folder / 'sweep.png'}"
+    say(written)
+
+
+def plain(value):
+    """A setting's value as a number, or else as the text that YAML has for it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number or isinstance(value, str) else json.dumps(value)
+
+
+def _outcome(folder, reason):
+    """The last evaluation of a run, and as its outcome how it ended."""
+    if reason is not None:
+        return {"outcome": "failed", "reason": str(reason)}
+    held_out = read_rows(folder / "metrics.jsonl", "eval")
+    trained = read_rows(folder / "metrics.jsonl", "train")
+    if not held_out:
+        return {"outcome": "not evaluated"}
+    last = held_out[-1]
+    last[LOSS] = last.pop("loss")
+    missing = last[LOSS] is None or last["rewards/margins"] is None
+    skipped = trained and "skipped" in trained[-1]
+    return last | {"outcome": "diverged" if missing or skipped else FINISHED}
+
+
+def scales_of(varied):
+    """Which settings, of those that vary, make losses that do not compare."""
+    return [name for name in SCALES if name in varied]
+
+
+def rank(rows, scales):
+    """Rows of runs, the best first; where nothing decides, in the order given.
+
+    scales  the names in a row by whose values its loss is one kind or another
+    """
+    kinds = []  # in the order given
+
+    def place(row):
+        if row["outcome"] != FINISHED:
+            return math.inf, row["outcome"] != "diverged", 0
+        kind = [row[name] for name in scales]
+        if kind not in kinds:
+            kinds.append(kind)
+        return -row["rewards/accuracies"], kinds.index(kind), row[LOSS]
+
+    return sorted(rows, key=place)
+
+
+def _print_table(frame, varied):
+    shown = [*varied]
+    for name in BEFORE_TRAINING:
+        shown += [name, f"{name}/ci95"]
+    shown += [LOSS, "outcome"]
+    frame = frame.reindex(columns=shown)
+    say(frame.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+    scales = scales_of(varied)
+    if scales:
+        say(f"Losses and margins compare only between runs of the same {' and '.join(scales)}.")
+
+
+def _draw_sweep(rows, varied, path):
+    """Accuracy and margin of finished runs over one setting, lr if it varies.
+
+    There is a line for each combination of the others, which it is named after.
+    """
+    x = "lr" if "lr" in varied else varied[0]
+    others = list(varied)
+    others.remove(x)
+    ticks = []
+    lines = {}
+    for row in sorted(rows, key=partial(_place_in_picture, [*others, x])):
+        if row["outcome"] != FINISHED:
+            continue
+        label = ", ".join(f"{name} {row[name]}" for name in others)
+        lines.setdefault(label, []).append(row)
+        if row[x] not in ticks:
+            ticks.append(row[x])
+    ticks.sort(key=_numbers_first)
+    figure = Figure((12, 4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), BEFORE_TRAINING, strict=True):
+        # beside each other, or their intervals would hide one another
+        dodge = DODGED / max(5, len(lines))
+        aside = -dodge * (len(lines) - 1) / 2
+        for label, part in lines.items():
+            positions = []
+            for row in part:
+                positions.append(ticks.index(row[x]) + aside)
+            _draw_line(axis, name, label, part, positions)
+            aside += dodge
+        axis.axhline(BEFORE_TRAINING[name], color="gray", linestyle=":", label="before training")
+        axis.set_xticks(range(len(ticks)), ticks)
+        axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    write_atomically(path, partial(figure.savefig, format="png"))
+
+
+def _draw_line(axis, name, label, rows, positions):
+    figures = []
+    half_widths = []
+    for row in rows:
+        half_width = row[f"{name}/ci95"]
+        figures.append(row[name])
+        half_widths.append(math.nan if half_width is None else half_width)
+    axis.errorbar(positions, figures, half_widths, marker="o", capsize=3, label=label)
+
+
+def _place_in_picture(names, row):
+    """A sorting key: the row's values of these settings."""
+    return [_numbers_first(row[name]) for name in names]
+
+
+def _numbers_first(value):
+    """A sorting key for a setting's values, of which some may be text."""
+    is_text = isinstance(value, str)
+    return is_text, 0 if is_text else value, str(value)
