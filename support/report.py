@@ -1,6 +1,8 @@
-"""What a run leaves to be read: its pairs in numbers, curves, report.md, model card."""
+"""What a run leaves to be read: its pairs in numbers, curves.png, report.md, the model card."""
 
 import math
+import os
+import re
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -8,12 +10,14 @@ from functools import partial
 import pandas
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from support.files import write_atomically, write_text
 from support.machine import peak_memory
 from support.processes import is_first
 from support.run_log import read_rows
-from support.sources import stand_ins_used
+from support.sources import package_file, revisions_used, stand_ins_used
+from support.verdict import compare, conclude, markdown
 
 PANELS = [  # of curves.png, each with its lines
     ["loss"],
@@ -24,7 +28,7 @@ PANELS = [  # of curves.png, each with its lines
     ["rewards/chosen", "rewards/rejected"],
 ]
 COLORS = ["tab:blue", "tab:orange"]
-COMPARED = ["loss", "rewards/margins", "rewards/accuracies"]
+PLACES = ["output_dir", "reference_cache", "offline"]  # settings that mean something here alone
 
 
 def describe_pairs(pairs, drops, config):
@@ -49,9 +53,45 @@ def describe_pairs(pairs, drops, config):
         lines.append(f"  cut to max_length or max_prompt_length: {len(cut)}")
         for reason, dropped in drops[split].items():
             lines.append(f"  dropped, {reason}: {dropped}")
-    for name, used in stand_ins_used.items():
-        lines.append(f"stand-in for {name}: {used}")
+    for name in stand_ins_used:
+        lines.append(f"stand-in for {name}: {public_name(name)}")
+    for name, commit in revisions_used.items():
+        lines.append(f"{public_name(name)} at commit {commit}")
     return lines
+
+
+def is_on_hub(name):
+    """Whether what was used for a source came from the Hub: it is no path, nor had a stand-in."""
+    return name not in stand_ins_used and not os.path.exists(package_file(name))
+
+
+def public_name(name):
+    """What was really used for a source; of a path its last part alone."""
+    if is_on_hub(name):
+        return name
+    return os.path.basename(os.path.abspath(stand_ins_used.get(name, name)))
+
+
+def split_sources(sources):
+    """Pairs of name and ":split" (or "") from a setting such as "a.jsonl, b:split"."""
+    pairs = []
+    for source in sources.split(","):
+        # the colon of a path or a drive begins no split
+        match = re.fullmatch(r"(.+?)\s*(:\s*[^:/\\]+)?", source.strip())
+        if match:
+            pairs.append((match[1], match[2] or ""))
+    return pairs
+
+
+def public_settings(config):
+    """A run's settings with public names, and without those that mean something here alone."""
+    settings = {n: value for n, value in asdict(config).items() if n not in PLACES}
+    settings["model"] = public_name(config.model)
+    for name in ("dataset", "eval_dataset"):
+        if settings[name]:
+            parts = [public_name(n) + split for n, split in split_sources(settings[name])]
+            settings[name] = ", ".join(parts)
+    return settings
 
 
 def draw_curves(folder):
@@ -63,7 +103,9 @@ def draw_curves(folder):
     figure = Figure((12, 6.5), layout="constrained")
     for axis, names in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name, color in zip(names, COLORS, strict=False):
-            _draw_curve(axis, name, color, trained, held_out)
+            _draw_training(axis, name, color, trained, name in held_out)
+            if name in held_out:
+                _draw_evaluation(axis, name, color, held_out)
         if "loss" in names:
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
         axis.set(title=", ".join(names), xlabel="optimizer step")
@@ -71,52 +113,38 @@ def draw_curves(folder):
     write_atomically(folder / "curves.png", partial(figure.savefig, format="png"))
 
 
-def _draw_curve(axis, name, color, trained, held_out):
+def _draw_training(axis, name, color, trained, framed):
+    """A figure of each step, in the background; before it, unless it has no noise, its mean.
+
+    framed  whether single steps may leave the frame, for held-out figures are what it is about
+    """
+    if name == "lr":
+        axis.plot(trained["step"], trained[name], color=color, label=name)
+        return
+    dots = {"linestyle": "none", "marker": ".", "markersize": 4, "alpha": 0.25, "zorder": 1}
+    noise = Line2D(trained["step"], trained[name], color=color, **dots)
+    if framed:
+        axis.add_artist(noise)
+    else:
+        axis.add_line(noise)
     window = 1 + len(trained) // 20
     smooth = trained[name].rolling(window, min_periods=1).mean()
-    axis.plot(trained["step"], trained[name], color=color, alpha=0.25)
-    axis.plot(trained["step"], smooth, color=color, label=f"{name}, training")
-    if name in held_out:
-        style = {"fmt": "o--", "color": color, "capsize": 3, "label": f"{name}, eval"}
-        half_widths = held_out[f"{name}/ci95"].astype(float)
-        axis.errorbar(held_out["step"], held_out[name], yerr=half_widths, **style)
+    label = f"{_last_part(name)}, training, mean of {window}"
+    axis.plot(trained["step"], smooth, color=color, alpha=0.5, zorder=2, label=label)
 
 
-def markdown(header, rows):
-    """A Markdown table; a cell may hold several lines."""
-    lines = [" | ".join(header), " | ".join(["---"] * len(header))]
-    for row in rows:
-        line = " | ".join(str(cell).replace("|", "\\|") for cell in row)
-        lines.append(line.replace("\n", "<br>"))
-    return "\n".join(f"| {line} |" for line in lines)
+def _draw_evaluation(axis, name, color, held_out):
+    """A held-out figure with its intervals, before all else."""
+    label = f"{_last_part(name)}, held out, 95 % interval"
+    style = {"fmt": "o--", "color": color, "markeredgecolor": "black", "ecolor": "black"}
+    half_widths = held_out[f"{name}/ci95"].astype(float)
+    figures = held_out[name].astype(float)
+    step = held_out["step"]
+    axis.errorbar(step, figures, half_widths, capsize=3, zorder=3, label=label, **style)
 
 
-def compare(held_out):
-    """Markdown: the evaluation before and after, and what of it changed measurably.
-
-    held_out  the evaluations' rows of metrics.jsonl
-    """
-    header = ["held out", "before", "after", "change, paired 95 % interval"]
-    if not held_out:
-        return f"{markdown(header, [])}\n\nMeasurable change: unknown."
-    first = held_out[0]
-    last = held_out[-1]
-    changed = []
-    rows = []
-    for name in COMPARED:
-        before = _number(first[name])
-        after = _number(last[name])
-        half_width = _number(last[f"{name}/ci95"])
-        change = after - before
-        if abs(change) > half_width:
-            changed.append(name)
-        rows.append([name, f"{before:.4f}", f"{after:.4f}", f"{change:+.4f} ± {half_width:.4f}"])
-    return f"{markdown(header, rows)}\n\nMeasurable change: {', '.join(changed) or 'none'}."
-
-
-def _number(figure):
-    """A figure of metrics.jsonl, where null is what was not finite, as of one pair's interval."""
-    return math.nan if figure is None else figure
+def _last_part(name):
+    return name.rpartition("/")[2]
 
 
 def describe_speed(trained):
@@ -142,17 +170,34 @@ def write_report(folder, config, pairs, answers):
     answers  rows of (prompt, the reference's answer, the trained model's)
     returns  the model card's text, and the end of the run in a few lines for the terminal
     """
-    evaluation = compare(read_rows(folder / "metrics.jsonl", "eval"))
-    speed = describe_speed(read_rows(folder / "metrics.jsonl", "train"))
-    settings = yaml.safe_dump(asdict(config), sort_keys=False)
-    facts = "\n".join([*pairs, speed])
-    table = markdown(["prompt", "reference", "trained"], answers)
-    text = (
-        "Direct Preference Optimization (arXiv 2305.18290); the base model's licence holds.\n\n"
-        f"{evaluation}\n\n```yaml\n{settings}```\n```\n{facts}\n```\n{table}\n"
+    answers = list(answers)
+    trained = read_rows(folder / "metrics.jsonl", "train")
+    held_out = read_rows(folder / "metrics.jsonl", "eval")
+    evaluation = compare(held_out)
+    verdict = conclude(config, trained, held_out, answers)
+    speed = describe_speed(trained)
+    settings = public_settings(config)
+    method = (
+        f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
+        f"{settings['dataset']}; the base model's licence holds."
     )
+    facts = "\n".join([*pairs, speed])
+    listed = yaml.safe_dump(settings, sort_keys=False)
+    table = markdown(["prompt", "reference", "trained"], answers)
+    details = f"```yaml\n{listed}```\n```\n{facts}\n```\n{table}\n"
     draw_curves(folder)
-    write_text(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{text}")
-    about = {"base_model": config.model, "datasets": [config.dataset], "license": "other"}
-    card = f"---\n{yaml.safe_dump(about)}---\n{text}"
-    return card, f"\n{evaluation}\n\n{speed}\nModel and report are in {folder}"
+    report = f"{method}\n\n{evaluation}\n\n{verdict}\n\n{details}"
+    write_text(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{report}")
+    card = f"---\n{_card_metadata(config)}---\n{method}\n\n{evaluation}\n\n{details}"
+    return card, f"\n{evaluation}\n\n{verdict}\n\n{speed}\nModel and report are in {folder}"
+
+
+def _card_metadata(config):
+    """The model card's block for the Hub, which knows no names but its own."""
+    about = {"license": "other"}
+    if is_on_hub(config.model):
+        about["base_model"] = config.model
+    names = [name for name, _ in split_sources(config.dataset) if is_on_hub(name)]
+    if names:
+        about["datasets"] = names
+    return yaml.safe_dump(about)

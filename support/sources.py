@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
 PACKAGE = "package://"
 stand_ins_used = {}  # Hub name -> what this process took in its place
+revisions_used = {}  # Hub name -> the commit that this process took
 
 
 class MissingSplit(InputError):

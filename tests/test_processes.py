@@ -121,7 +121,7 @@ def test_two_processes_give_the_losses_and_the_model_of_one(one, two):
 
 
 def test_one_of_the_processes_alone_prints(one, two):
-    assert two[1].count("held out") == one[1].count("held out") == 1
+    assert two[1].count("| held out |") == one[1].count("| held out |") == 1
     assert two[1].count("training 1/8") == 1
 
 

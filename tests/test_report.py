@@ -11,8 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from helpers import CONFIG, METRICS, read_metrics
-from support.config import read_config
+from helpers import BETTER, CONFIG, METRICS, held_out, read_metrics
+from support import report
+from support.config import Config, read_config
 from support.sampler import greedy_answers
 
 
@@ -62,7 +63,7 @@ def test_the_report_shows_before_and_after_and_what_was_set(finished):
     assert re.search(r"\blr\W+0\.001\b", report) and "![curves](curves.png)" in report
     asked = json.loads(finished.pairs["eval"][0].prompt)[-1]["content"]
     assert f"\n| {asked} | " in report.partition("| prompt | reference | trained |")[2]
-    assert "base_model: " in (finished.folder / "model" / "README.md").read_text()
+    assert "license: other" in (finished.folder / "model" / "README.md").read_text()
 
 
 def test_sampled_answers_are_the_models_own_greedy_ones(ready, tiny_model):
@@ -107,3 +108,71 @@ def test_a_dry_run_shows_the_first_pair_and_writes_nothing(tmp_path, dpo, capsys
     shown = capsys.readouterr().out
     assert "<|im_start|>assistant" in shown and "chosen" in shown and "GB" in shown
     assert not list(tmp_path.iterdir())
+
+
+# What was really used
+
+
+def test_card_and_report_name_the_stand_ins_that_were_used(
+    hub_down, dpo, tiny_model, pairs_file, tmp_path
+):
+    offline = {"org/model": tiny_model, "org/pairs": pairs_file}
+    assert dpo(model="org/model", dataset="org/pairs", offline=offline) == 0
+    card = Path("out/model/README.md").read_text()
+    used = f"of {Path(tiny_model).name} on pairs.jsonl;"
+    for text in (card, Path("out/report.md").read_text()):
+        assert used in text and "stand-in for org/model: tiny_llama" in text
+        assert "\nmodel: org/model" not in text and "\ndataset: org/pairs" not in text
+    _, metadata, _ = card.split("---\n", 2)
+    assert yaml.safe_load(metadata) == {"license": "other"}
+    for path in (tiny_model, pairs_file, str(tmp_path), "output_dir"):
+        assert path not in card
+
+
+def report_of(**settings):
+    """write_report's card for a run with these settings and made-up figures."""
+    (config,), _ = read_config(CONFIG, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
+    row = {"step": 1, "split": "train", "seconds": 1.0, "tokens_per_second": 9.0, "lr": 0.0}
+    row |= dict.fromkeys([*METRICS, "grad_norm"], 0.5)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return report.write_report(folder, config, [], [])[0]
+
+
+def test_the_cards_metadata_hold_hub_names_alone(pairs_file):
+    card = report_of(dataset=f"{pairs_file}:train, org/a:train, b", model="org/model")
+    _, metadata, text = card.split("---\n", 2)
+    expected = {"license": "other", "base_model": "org/model", "datasets": ["org/a", "b"]}
+    assert yaml.safe_load(metadata) == expected
+    assert "on pairs.jsonl:train, org/a:train, b;" in text and str(pairs_file) not in card
+
+
+def test_the_report_names_the_commits_that_were_read(monkeypatch):
+    monkeypatch.setitem(report.revisions_used, "org/model", "0123abc")
+    lines = report.describe_pairs({}, {}, Config())
+    assert "org/model at commit 0123abc" in lines
+
+
+def test_curves_show_the_rate_as_it_was_and_evaluations_in_front(figures, tmp_path):
+    rows = held_out(**BETTER)
+    for row in rows:
+        row |= {"rewards/chosen": 0.1, "rewards/rejected": 0.0}
+        row |= {"rewards/chosen/ci95": 0.1, "rewards/rejected/ci95": None}
+    for step in range(1, 101):
+        row = dict.fromkeys([*METRICS, "grad_norm"], math.sin(step))
+        rows.append({"step": step, "split": "train", "lr": 1 / step, **row})
+    Path("metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    report.draw_curves(tmp_path)
+    panels = {axis.get_title(): axis for axis in figures[0].axes}
+    (rate,) = panels["lr"].lines
+    assert list(rate.get_ydata()) == [1 / step for step in range(1, 101)]
+    for name in ("loss", "rewards/margins", "rewards/accuracies"):
+        (evaluation,) = panels[name].containers
+        behind = [*panels[name].lines, *panels[name].artists]
+        behind.remove(evaluation.lines[0])
+        smooth = [line for line in behind if "training" in str(line.get_label())]
+        assert len(smooth) == 1 and smooth[0].get_alpha() < 1
+        noise = [line for line in behind if line.get_marker() == "."]
+        assert len(noise) == 1 and noise[0].get_alpha() < smooth[0].get_alpha()
+        assert evaluation.lines[0].get_zorder() > smooth[0].get_zorder() > noise[0].get_zorder()
