@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 import data
@@ -43,6 +42,7 @@ from support.checkpoint import check_room, claim, is_finished, load_checkpoint, 
 from support.checks import check_model
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
+from support.failures import Failures, advise
 from support.files import digest_tensors
 from support.machine import matmul_peak, numerics, operations_a_token, resolve_machine
 from support.model import (
@@ -92,59 +92,60 @@ class Setup:
 
 def main(arguments=None):
     """The command line; returns the exit code."""
-    options = parse_command_line(__doc__, arguments)
     sys.stdout.reconfigure(line_buffering=True)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # the libraries' own, which no user can do anything about
-    processes.start()
     try:
+        options = parse_command_line(__doc__, arguments)
+        processes.start()
         configs, varied = read_config(options.config, options.overrides)
-        run([resolve_machine(config) for config in configs], varied, options)
-        return 0
+        return run([resolve_machine(config) for config in configs], varied, options)
     except processes.Interrupted as stop:
         say("Interrupted. The same command goes on from the last checkpoint (without --overwrite).")
         return 128 + stop.number
     except InputError as error:
         say(f"Error: {error}")
         return 2
-    except (FloatingPointError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate mem" in str(error):
-            error = "out of memory: lower batch_size, max_length, or set activation_checkpointing"
-        elif type(error) is RuntimeError:
+    except Exception as error:
+        advice = advise(error)
+        if advice is None:
             raise
-        say(f"Stopped: {error}\nThe same command goes on (without --overwrite).", from_all=True)
+        say(f"Stopped: {advice}.", from_all=True)
         return 1
 
 
 def run(configs, varied, options):
-    """All runs of a sweep (mostly one), sharing model and reference where they can."""
-    setup = None
+    """All runs of a sweep (mostly one), sharing model and reference; returns the exit code."""
     prepared_for = None
+    failures = Failures(sweep=len(configs) > 1 and not options.dry_run)
     for config in configs:
         folder = Path(config.output_dir)
-        if not (options.overwrite or options.dry_run) and is_finished(folder, config):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have left them
-            say(f"{folder} is finished. Add --overwrite to train it anew.")
-            continue
-        if setup is None or not shares_setup(config, prepared_for):
-            setup = None  # frees the old model before the next one loads
-            setup = prepare(config, options.dry_run)
+        with failures.noted(config):
+            if not (options.overwrite or options.dry_run) and is_finished(folder, config):
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
+                say(f"{folder} is finished. Add --overwrite to train it anew.")
+                continue
+            if not shares_setup(config, prepared_for):
+                setup = None  # frees the old model before the next one loads
+                setup = prepare(config, options.dry_run)
+                initial = {}
+                if varied:
+                    initial = {name: w.detach().clone() for name, w in setup.weights.items()}
+            if options.dry_run:
+                dry_run.show(setup, config)
+                return 0
+            prepared_for = None  # a run that fails in the middle leaves its setup to no other
+            with claim(folder, config, options.overwrite), processes.finish_step_first():
+                # every run of a sweep starts from the same weights
+                for name, weight in initial.items():
+                    setup.weights[name].data.copy_(weight)
+                train(setup, config, folder)
+                finish(setup, config, folder)
             prepared_for = config
-            initial = {}
-            if varied:
-                initial = {name: w.detach().clone() for name, w in setup.weights.items()}
-        if options.dry_run:
-            dry_run.show(setup, config)
-            return
-        with claim(folder, config, options.overwrite):
-            # every run of a sweep starts from the same weights
-            for name, weight in initial.items():
-                setup.weights[name].data.copy_(weight)
-            train(setup, config, folder)
-            finish(setup, config, folder)
     if varied:
-        sweep.summarize_sweep(configs, varied)
+        sweep.summarize_sweep(configs, varied, failed=failures.reasons)
+    return failures.summarize()
 
 
 def train(setup, config, folder):
@@ -398,13 +399,11 @@ transformers.AttentionInterface.register("shared_prompt", shared_prompt_attentio
 
 
 @torch.no_grad()
-def compute_logps(setup, split, config, title, interruptible=False):
+def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
-    title          what the progress is called
-    interruptible  whether a signal stops it between two rows: in training the step is saved first
-    returns        (pairs, 2) float32: chosen, rejected, in nats
-    raises         processes.Interrupted
+    title    what the progress is called
+    returns  (pairs, 2) float32: chosen, rejected, in nats
     """
     # Evaluation pairs see the float32 weights that a run saves. Training pairs see the rounded
     # ones of its steps, which lr 1e-7 hardly moves; several processes have no others gathered.
@@ -419,8 +418,6 @@ def compute_logps(setup, split, config, title, interruptible=False):
             answers = sequence_logps(tokens, row.lengths, config.length_normalize)
             logps[row.pairs] += share * answers.view(-1, 2).float()
             bar.update(len(row.pairs) * processes.WORLD)
-            if interruptible:
-                processes.stop_if_signalled()
     return processes.sum_over_processes(logps)
 
 
@@ -437,7 +434,7 @@ def reference_logps(setup, config):
     def compute():
         found = {}
         for split in setup.pairs:
-            found[split] = compute_logps(setup, split, config, "reference", interruptible=True)
+            found[split] = compute_logps(setup, split, config, "reference")
         return found
 
     rows = []

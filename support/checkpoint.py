@@ -14,7 +14,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from support.config import changes_on_resume
+from support.config import Config, changes_on_resume
 from support.errors import InputError
 from support.files import digest_tensors, read_tensors, write_tensors, write_text
 from support.processes import gather, is_first, say, shard_like, wait_for_all
@@ -152,10 +152,25 @@ def is_finished(folder, config):
     """Whether the run in this folder is; raises InputError if its settings are not these."""
     path = folder / "config.yaml"
     if path.exists():
-        changes = changes_on_resume(config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
     return (folder / "model").exists()
+
+
+def _read_noted(path):
+    """The settings that a run noted; InputError for a file that tells none, or not all of them."""
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        saved = None
+    names = {field.name for field in fields(Config)}
+    if not isinstance(saved, dict) or not names <= saved.keys():
+        raise InputError(
+            f"{path} is empty, broken or of another version, so nothing tells which settings made "
+            "what is in this folder. Give another output_dir, or train anew with --overwrite"
+        )
+    return saved
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import itertools
 import re
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,10 @@ from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from support.errors import InputError
+from support.processes import say
 
 CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
+OTHER_NAMES = Path(__file__).parent / "other_names.yaml"  # other trainers' settings
 # Settings that decide how a run is watched, not what it computes.
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
@@ -31,10 +34,31 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "lora_merge",
     "output_dir",
 }
+FLAGS = ["--config", "--dry-run", "--overwrite", "--help"]
+# Settings that take several values in one string, which a list sweeps.
+JOINED = {
+    "dataset": '"a, b"',
+    "eval_dataset": '"a, b"',
+    "lora_target_modules": ".*(q_proj|v_proj)",
+}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, which takes 1e-7 for text, with 1e-7 as a number."""
+    """YAML 1.1, which takes 1e-7 for text, with 1e-7 as a number and no name set twice."""
+
+    def construct_mapping(self, node, deep=False):
+        """The mapping as a dict; InputError for a repeated key, of which YAML would take the last.
+
+        node  yaml.MappingNode
+        """
+        lines = {}
+        for key, _ in node.value:
+            name = str(key.value)
+            line = key.start_mark.line + 1
+            if name in lines:
+                raise InputError(f"{name} is set in lines {lines[name]} and {line}: remove one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -92,17 +116,42 @@ class Config:
 
 
 def parse_command_line(description, arguments=None):
-    """The command line's options: config (a path), overrides, dry_run, overwrite."""
+    """The command line's options: config (a path), overrides, dry_run, overwrite.
+
+    raises   InputError for an unknown flag, with what to type instead, or without --config
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog=CONFIG_FILE.read_text(encoding="utf-8"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="name=value", help="settings for this run")
-    parser.add_argument("--config", required=True, help="YAML file of settings, listed below")
+    parser.add_argument("--config", help="YAML file of settings, listed below")
     parser.add_argument("--dry-run", action="store_true", help="show data and cost, train nothing")
     parser.add_argument("--overwrite", action="store_true", help="train finished runs anew")
-    return parser.parse_intermixed_args(arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    for position, argument in enumerate(arguments):
+        if argument in unknown and argument.startswith("-"):
+            raise InputError(_explain_flag(argument, arguments[position + 1 :]))
+    if options.config is None:
+        raise InputError("no settings are given: add --config config.yaml. --help lists them")
+    return options
+
+
+def _explain_flag(flag, following):
+    """What to type instead of an unknown flag, before these arguments."""
+    typed, _, value = flag.partition("=")
+    near = difflib.get_close_matches(typed.replace("_", "-"), FLAGS, n=1, cutoff=0.8)
+    if near:
+        return f"{typed}: no such flag, did you mean {near[0]}?"
+    name = typed.strip("-").replace("-", "_")
+    if name not in _known():
+        return f"{_explain_name(name)}. Settings are written name=value, without dashes"
+    if not value and following:
+        value = following[0]
+    return f"{typed}: settings are written without dashes: {name}={value or '...'}"
 
 
 def read_config(path, overrides=()):
@@ -117,6 +166,9 @@ def read_config(path, overrides=()):
         is_list = isinstance(value, list) and value
         choices[str(name)] = value if is_list else [value]
     varied = [name for name, values in choices.items() if len(values) > 1]
+    for name in varied:
+        if name in JOINED:
+            say(f"{name}: a list sweeps, a run for each; one run of all is {name}: {JOINED[name]}")
     configs = []
     for values in itertools.product(*choices.values()):
         config = _check(dict(zip(choices, values, strict=True)))
@@ -128,14 +180,18 @@ def read_config(path, overrides=()):
 
 def _read_settings(path, overrides):
     """The settings of a YAML file and of overrides, as they were typed."""
+    source = f"config {path}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         settings = dict(yaml.load(text, _Loader) or {})
         for override in overrides:
-            name, _, value = override.partition("=")
+            source = f"setting {override!r}"
+            name, equals, value = override.partition("=")
+            if not (name and equals):
+                raise InputError("write name=value without spaces, as in beta=0.2")
             settings[name] = yaml.load(value, _Loader)
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read config {path} {list(overrides)}: {error}") from error
+        raise InputError(f"cannot read {source}: {error}") from error
     return settings
 
 
@@ -150,15 +206,27 @@ def _check(settings):
     return config
 
 
+def _known():
+    """The names of all settings."""
+    return [field.name for field in fields(Config)]
+
+
 def _explain(problem):
-    """One line on a problem that pydantic found, with the nearest name of an unknown setting."""
+    """One line on a problem that pydantic found."""
     name = str(problem["loc"][0])
-    message = f"{name}: {problem['msg']}, not {problem['input']!r:.200}"
-    known = [field.name for field in fields(Config)]
-    if name in known:
-        return message
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"{message} (did you mean {nearest}? --help lists all settings)"
+    if name not in _known():
+        return _explain_name(name)
+    return f"{name}: {problem['msg']}, not {problem['input']!r:.200}"
+
+
+def _explain_name(name):
+    """One line on an unknown setting: what it is here, the nearest name, or where all stand."""
+    others = yaml.safe_load(OTHER_NAMES.read_text(encoding="utf-8"))
+    nearest = difflib.get_close_matches(name, _known(), n=1)
+    hint = others.get(name.lower(), "--help lists all")
+    if name.lower() not in others and nearest:
+        hint = f"did you mean {nearest[0]}? {hint}"
+    return f"{name}: no such setting, {hint}"
 
 
 def _output_dir(config, varied):
@@ -175,7 +243,12 @@ def _output_dir(config, varied):
 
 
 def shares_setup(config, other):
-    """Whether two runs can share one model, its pairs and the reference's log-probabilities."""
+    """Whether two runs can share one model, its pairs and the reference's log-probabilities.
+
+    other  the settings of the other run, or None, with which nothing is shared
+    """
+    if other is None:
+        return False
     fixed, others = asdict(config), asdict(other)
     return all(fixed[name] == others[name] for name in fixed.keys() - MAY_DIFFER_ON_ONE_SETUP)
 

@@ -21,11 +21,14 @@ def resolve_machine(config):
     device = config.device
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    advice = "Give cpu, cuda or mps, or auto for the one that is there"
+    if device.startswith("cpu:"):  # PyTorch would take it for cpu
+        raise InputError(f"device {device}: the CPU has no number. {advice}")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers to give
         fast = _multiplies_bfloat16_faster(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device}: {first_line(error)}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"device {device}: {first_line(error)}. {advice}") from error
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"

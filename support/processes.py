@@ -4,6 +4,7 @@ torchrun starts a process for each GPU. The first of them writes the files and p
 only compute. Without torchrun the one process is the first.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,8 +20,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 _signals = []  # numbers of SIGINT and SIGTERM, once they have arrived
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; `number` is the signal's."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop; `number` is the signal's. No failure, so no Exception."""
 
     def __init__(self, number):
         super().__init__(f"signal {number}")
@@ -34,8 +35,7 @@ def is_first():
 
 def start():
     """Watch for signals, and join the other processes if there are any."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _note_signal)
+    _on_signal(_end_at_once)
     if WORLD > 1:
         if torch.accelerator.is_available():
             torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
@@ -115,10 +115,38 @@ def share_rows(rows):
             yield rows[-1], 0.0
 
 
+def _on_signal(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def finish_step_first():
+    """Let a signal wait for stop_requested(); outside of it one ends the process at once."""
+    _on_signal(_note_signal)
+    try:
+        yield
+    finally:
+        _on_signal(_end_at_once)
+
+
 def _note_signal(number, frame):
     """Note a signal, to stop after the step in hand; a second one stops at once."""
     _signals.append(number)
     signal.signal(number, signal.SIG_DFL)
+    _tell("Finishing what is in hand (a step, an evaluation, the model). Once more stops at once.")
+
+
+def _end_at_once(number, frame):
+    """End without unwinding: threads that hang in a download would be waited for."""
+    _tell("Interrupted: no run was in training, so nothing is lost.")
+    os._exit(128 + number)
+
+
+def _tell(text):
+    """Print from a signal handler, which may have stopped a print in the middle."""
+    if is_first():
+        os.write(2, f"\n{text}\n".encode())
 
 
 def stop_requested(device):
