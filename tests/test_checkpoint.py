@@ -489,6 +489,8 @@ def test_sigint_saves_says_how_to_go_on_and_the_same_command_ends_with_the_same_
     work = run.new()
     end = run(work, fault=["signal_at", "train_step", 3, signal.SIGINT])
     assert "same command" in clear(end, 130)
+    # at once, before the step that is finished first is told
+    assert 0 < end["text"].index("Finishing what is in hand") < end["text"].index("training 3/")
     assert checkpoints(work) == [2, 3]
     assert steps(work, "train") == [1, 2, 3]
     assert resumed(finished_as(work, run, undisturbed)) == 3
@@ -716,7 +718,8 @@ def test_three_steps_not_finite_in_a_row_stop_and_the_last_good_checkpoint_is_ke
 ):
     work = run.new()
     text = clear(run(work, fault=["not_finite", [3, 4, 7, 8, 9], "gradient"]), 1)
-    assert "three times" in text and "lower lr" in text and "same command" in text
+    assert "three times" in text and "lower lr" in text and "--overwrite" in text
+    assert "same command goes on" not in text
     assert checkpoints(work) == [2, 6]
     work = run.new()
     clear(run(work, fault=["not_finite", [7, 8, 9], "loss"]), 1)
@@ -834,6 +837,41 @@ def test_a_run_cannot_start_where_another_is_training(dpo, overrides, capsys):
     with claim(Path("out"), config, False):
         pass  # the lock is free again
     assert "another process is training in out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "noted",
+    [b"", b"null", b"# nothing", b"model: [", b"- a", b"beta: 0.1", b"\xff\xfe\x00", b"? {a: b}"],
+    ids=repr,
+)
+def test_a_folder_whose_settings_are_lost_is_refused_until_overwritten(dpo, capsys, noted):
+    assert dpo(train_pairs=2, eval_pairs=0) == 0
+    Path("out/config.yaml").write_bytes(noted)
+    before = weights_bytes()
+    capsys.readouterr()
+    assert dpo(train_pairs=2, eval_pairs=0) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Error: out/config.yaml is empty, broken or of another version")
+    assert "Give another output_dir, or train anew with --overwrite" in line
+    assert weights_bytes() == before
+    assert dpo("--overwrite", train_pairs=2, eval_pairs=0) == 0
+
+
+def test_a_signal_before_training_ends_at_once_and_leaves_nothing(run):
+    work = run.new()
+    end = run(work, signal=[signal.SIGTERM, "preparing", 1, 0.0])
+    assert end["code"] == 143 and "no run was in training, so nothing is lost" in end["text"]
+    assert not (work / "run").exists()
+
+
+def test_a_signal_amid_the_last_writing_lets_it_end_and_no_other_run_begin(run):
+    sweep, folders = ["beta=[0.1, 0.2]", "train_pairs=2"], ["run_beta0.1", "run_beta0.2"]
+    work = run.new()
+    end = run(work, *sweep, fault=["signal_at", "finish", 1, signal.SIGINT])
+    assert "Interrupted" in clear(end, 130)
+    assert [(work / folder / "model").exists() for folder in folders] == [True, False]
+    end = run(work, *sweep, fault=["signal_at", "finish", 1, signal.SIGINT])
+    assert end["code"] == 0, end["text"]  # it was the last
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train_dpo
 from helpers import CONFIG, write_jsonl
-from support.config import Config, read_config
+from support.config import OTHER_NAMES, Config, _Loader, read_config
 from support.errors import InputError
 
 
@@ -44,11 +45,16 @@ def test_a_rate_that_yaml_reads_as_text_is_a_number(tmp_path):
 
 @pytest.mark.parametrize(
     "typed, name",
-    [("betta", "beta"), ("Seed", "seed"), ("zzz", "--help"), ("batchsize", "batch_size")],
+    [("betta", "beta"), ("Seed", "seed"), ("batchsize", "batch_size")],
 )
 def test_an_unknown_setting_is_told_with_the_nearest_name(typed, name):
-    with pytest.raises(InputError, match=rf"^{typed}: .*did you mean .*{name}\b"):
+    with pytest.raises(InputError, match=rf"^{typed}: no such setting, did you mean {name}\?"):
         one(f"{typed}=1")
+
+
+def test_a_name_like_no_setting_gets_no_guess():
+    with pytest.raises(InputError, match="^zzz: no such setting, --help lists all$"):
+        one("zzz=1")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_the_last_of_a_repeated_override_counts():
 
 def test_flags_and_overrides_come_in_any_order(monkeypatch):
     seen = []
-    monkeypatch.setattr(train_dpo, "run", lambda *given: seen.append(given))
+    monkeypatch.setattr(train_dpo, "run", lambda *given: seen.append(given) or 0)
     assert train_dpo.main(["beta=0.2", "--dry-run", "lr=1e-6", "--config", CONFIG, "beta=0.3"]) == 0
     assert train_dpo.main(["--config", CONFIG, "beta=0.2", "lr=1e-6", "beta=0.3", "--dry-run"]) == 0
     assert seen[0][0] == seen[1][0] and (seen[0][0][0].beta, seen[0][0][0].lr) == (0.3, 1e-6)
@@ -257,3 +263,107 @@ def test_help_shows_every_setting_with_its_line(capsys):
     assert stop.value.code == 0
     assert not [spec.name for spec in fields(Config) if f"\n{spec.name}: " not in shown]
     assert "\nbeta: 0.1  # " in shown
+
+
+def names_of_ours(hint):
+    return set(re.findall(r"\w+", hint)) & {spec.name for spec in fields(Config)}
+
+
+@pytest.mark.parametrize(
+    "typed, hint",
+    [
+        ("learning_rate=1e-5", "here it is lr"),
+        ("num_train_epochs=3", "here it is epochs"),
+        ("per_device_train_batch_size=4", "here it is batch_size"),
+        ("warmup_steps=100", "here it is warmup_ratio, the share of all steps"),
+        ("loss_type=ipo", "here it is loss"),
+        ("gradient_checkpointing=true", "here it is activation_checkpointing"),
+        ("bf16=true", "here it is dtype: float32, bfloat16 or auto"),
+        ("model_name_or_path=m", "here it is model"),
+        ("dataset_name=d", "here it is dataset"),
+        ("eval_steps=10", "here it is eval_every"),
+        ("save_steps=10", "here it is save_every"),
+        ("logging_steps=1", "metrics.jsonl has every step"),
+        ("ref_model=m", "the reference is the model before its first step"),
+        ("optim=adamw", "the optimizer is always AdamW"),
+        ("lr_scheduler_type=linear", "the rate always falls as a cosine to 0"),
+        ("per_device_eval_batch_size=8", "batch_size holds for evaluation too"),
+        ("Learning_Rate=1", "here it is lr"),
+    ],
+)
+def test_another_trainers_name_gets_ours_or_what_stands_in_its_place(typed, hint):
+    name = typed.partition("=")[0]
+    with pytest.raises(InputError, match=rf"^{name}: no such setting, {hint}$"):
+        one(typed)
+
+
+def test_the_names_of_other_trainers_are_none_of_ours_and_lead_to_ours():
+    others = yaml.load(OTHER_NAMES.read_text(), _Loader)
+    assert len(others) > 80 and not others.keys() & {spec.name for spec in fields(Config)}
+    for name, hint in others.items():
+        if hint.startswith("here it is") and "the flag" not in hint:
+            assert names_of_ours(hint), name
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--beta", "0.2"], "--beta: settings are written without dashes: beta=0.2"),
+        (["--beta=0.2", "lr=1e-6"], "--beta: settings are written without dashes: beta=0.2"),
+        (["lr=1e-6", "--max-length", "64"], "without dashes: max_length=64"),
+        (["--learning_rate", "1e-5"], "learning_rate: no such setting, here it is lr. Settings"),
+        (["--dryrun"], "--dryrun: no such flag, did you mean --dry-run?"),
+        (["--dry_run"], "--dry_run: no such flag, did you mean --dry-run?"),
+        (["--over-write"], "did you mean --overwrite?"),
+        (["--seed"], "without dashes: seed=..."),
+        (["beta", "=", "0.2"], "cannot read setting 'beta': write name=value without spaces"),
+    ],
+)
+def test_an_unknown_flag_is_told_with_what_to_type_instead(capsys, flags, told):
+    assert train_dpo.main(["--config", CONFIG, *flags]) == 2
+    output, errors = capsys.readouterr()
+    assert output.startswith("Error: ") and told in output and not errors
+
+
+def test_a_command_without_config_says_how_to_give_it(capsys):
+    assert train_dpo.main(["beta=0.2"]) == 2
+    assert train_dpo.main(["--confg", CONFIG]) == 2
+    missing, misspelt = capsys.readouterr().out.splitlines()
+    assert "add --config config.yaml" in missing and "did you mean --config?" in misspelt
+
+
+def test_a_setting_that_stands_twice_in_a_file_is_refused_with_its_lines(tmp_path):
+    (tmp_path / "c.yaml").write_text("beta: 0.1\nlr: 1e-6\n\nbeta: 0.5\n")
+    with pytest.raises(InputError, match="c.yaml: beta is set in lines 1 and 4: remove one"):
+        read_config(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text("lr: 1e-6\noffline:\n  a/b: c\n  a/b: d\n")
+    with pytest.raises(InputError, match="a/b is set in lines 3 and 4"):
+        read_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["dataset", "eval_dataset", "lora_target_modules"])
+def test_a_list_of_what_one_string_can_join_says_that_it_sweeps(tmp_path, capsys, name):
+    (tmp_path / "c.yaml").write_text(f"{name}: [a, b]\n")
+    configs, _ = read_config(tmp_path / "c.yaml")
+    assert [getattr(config, name) for config in configs] == ["a", "b"]
+    printed = capsys.readouterr().out
+    joined = ".*(q_proj|v_proj)" if name.startswith("lora") else '"a, b"'
+    assert printed == f"{name}: a list sweeps, a run for each; one run of all is {name}: {joined}\n"
+    (tmp_path / "c.yaml").write_text(f"{name}: {joined}\n")
+    assert len(read_config(tmp_path / "c.yaml")[0]) == 1 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu:7", "nonsense", "hpu", "''", "cuda:99"])
+def test_a_device_that_cannot_compute_is_refused_with_those_that_can(dpo, capsys, device):
+    assert dpo(device=device.strip("'")) == 2
+    printed = capsys.readouterr().out
+    assert re.match(f"Error: device {device.strip(chr(39))}: .*Give cpu, cuda or mps", printed)
+
+
+def test_a_gpu_that_is_not_there_is_refused(dpo, capsys, monkeypatch):
+    def fail(*given, **options):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    assert dpo(device="cuda") == 2
+    assert "device cuda: AssertionError: Torch not compiled" in capsys.readouterr().out

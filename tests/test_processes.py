@@ -188,3 +188,59 @@ def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
     one, two = (losses(finish(f"real{n}", n, **changes)[0]) for n in (1, 2))
     print(json.dumps([one, two]))
     assert one == pytest.approx(two, abs=1e-5) and len(one) == 3
+
+
+HANGING = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+import train_dpo
+
+def hang(config):
+    with ThreadPoolExecutor() as pool:  # as a download of several files does
+        print("loading", flush=True)
+        list(pool.map(time.sleep, [60, 60]))
+
+train_dpo.load_model = hang
+sys.exit(train_dpo.main(sys.argv[1:]))
+"""
+TWICE = """
+import os, time
+from support import processes
+
+processes.start()
+with processes.finish_step_first():
+    os.kill(os.getpid(), 2)
+    print("noted", flush=True)
+    os.kill(os.getpid(), 2)
+    time.sleep(60)
+"""
+
+
+def start_python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_signal_ends_a_hanging_download_at_once(overrides, tmp_path):
+    settings = overrides(output_dir=str(tmp_path / "out"))
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hanging = [start_python(HANGING, "--config", CONFIG, *settings) for _ in numbers]
+    for number, process in zip(numbers, hanging, strict=True):
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)  # of the 60 that the threads hang
+        assert process.returncode == 128 + number
+        assert errors.strip() == "Interrupted: no run was in training, so nothing is lost."
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_second_signal_stops_at_once():
+    process = start_python(TWICE)
+    printed, errors = process.communicate(timeout=50)
+    assert process.returncode == -signal.SIGINT and printed == "noted\n"
+    assert errors.count("Once more stops at once") == 1

@@ -1,0 +1,129 @@
+"""A run that fails: what the user is told to do, and the other runs of its sweep."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import train_dpo
+from helpers import weights_bytes
+from support import sweep
+from support.errors import InputError
+
+
+def fail_in(monkeypatch, *errors):
+    """Training that raises errors[i] in the i-th run, and none where that is None."""
+    runs, train = iter(errors), train_dpo.train
+
+    def faulty(*given):
+        train(*given)
+        if error := next(runs):
+            raise error
+
+    monkeypatch.setattr(train_dpo, "train", faulty)
+
+
+def has_model(folder):
+    return (Path(folder) / "model").exists()
+
+
+ERRORS = [
+    FloatingPointError("not finite three times running: lower lr or use float32"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    OSError(28, "No space left on device"),
+    RuntimeError("a bug"),
+    InputError("wrong in this run"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_sweep_trains_the_other_runs_where_one_fails(dpo, monkeypatch, capsys, error):
+    fail_in(monkeypatch, None, error, None)
+    told = []
+    monkeypatch.setattr(sweep, "summarize_sweep", lambda *_, failed: told.append(failed))
+    assert dpo(beta=[0.1, 0.2, 0.3]) == 1
+    names = ["out_beta0.1", "out_beta0.2", "out_beta0.3"]
+    assert [has_model(name) for name in names] == [True, False, True]
+    assert list(told[0]) == ["out_beta0.2"]
+    reason = told[0]["out_beta0.2"]
+    printed = capsys.readouterr().out
+    assert reason and printed.rstrip().endswith(f"Failed: out_beta0.2: {reason}")
+    assert ("Traceback" in printed) == (str(error) == "a bug")  # only a bug needs one
+
+
+def test_a_failed_run_leaves_the_next_the_weights_that_it_has_alone(dpo, monkeypatch):
+    assert dpo(beta=0.3, output_dir="alone") == 0
+    step, calls = train_dpo.make_optimizer, []
+
+    def spoiled(weights, config):
+        calls.append(config.beta)
+        for weight in weights.values():
+            if config.beta == 0.2:  # what an error amid a backward pass leaves
+                weight.grad = torch.ones_like(weight)
+        if config.beta == 0.2:
+            raise MemoryError
+        return step(weights, config)
+
+    monkeypatch.setattr(train_dpo, "make_optimizer", spoiled)
+    assert dpo(beta=[0.1, 0.2, 0.3]) == 1 and calls == [0.1, 0.2, 0.3]
+    assert weights_bytes("out_beta0.3") == weights_bytes("alone")
+
+
+def test_wrong_input_before_any_run_ends_a_sweep_at_once(dpo, capsys):
+    assert dpo(beta=[0.1, 0.2], dataset="no.jsonl") == 2
+    assert capsys.readouterr().out.count("no.jsonl: no such file") == 1
+
+
+def test_wrong_input_of_a_later_run_is_a_failed_run(dpo, capsys):
+    assert dpo(max_length=[64, 2, 65]) == 1
+    assert [has_model(f"out_max_length{length}") for length in (64, 2, 65)] == [True, False, True]
+    assert "Failed: out_max_length2: " in capsys.readouterr().out
+
+
+def test_the_same_command_trains_only_the_failed_run_of_a_sweep_again(dpo, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fail_in(patch, FloatingPointError("not finite"), None)
+        assert dpo(beta=[0.1, 0.2]) == 1
+    assert dpo(beta=[0.1, 0.2]) == 0
+    assert has_model("out_beta0.1") and "out_beta0.2 is finished" in capsys.readouterr().out
+
+
+def test_a_sweep_all_of_whose_runs_failed_ends_with_1(dpo, monkeypatch):
+    fail_in(monkeypatch, FloatingPointError("not finite"), MemoryError())
+    assert dpo(beta=[0.1, 0.2]) == 1
+
+
+# What to do, said only where it helps
+
+
+@pytest.mark.parametrize(
+    "error, told, goes_on",
+    [
+        (FloatingPointError("not finite"), "another output_dir, or add --overwrite", False),
+        (MemoryError(), "batch_size", False),
+        (torch.OutOfMemoryError("CUDA out of memory"), "activation_checkpointing=true", False),
+        (OSError(12, "Cannot allocate memory"), "out of memory", False),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "out of memory", False),
+        (OSError(28, "No space left on device"), "Make room on the disk", True),
+        (SafetensorError("I/O error: No space left"), "Make room on the disk", True),
+        (torch.AcceleratorError("CUDA error"), "stops there again", True),
+    ],
+    ids=repr,
+)
+def test_the_same_command_is_said_to_go_on_only_where_it_can(
+    dpo, monkeypatch, capsys, error, told, goes_on
+):
+    fail_in(monkeypatch, error)
+    assert dpo() == 1
+    printed = capsys.readouterr().out.partition("Stopped: ")[2]
+    assert told in printed and ("same command goes on" in printed) == goes_on
+    assert ("would likely end the same way" in printed) != goes_on
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), NotImplementedError("x"), KeyError("y")])
+def test_a_bug_is_no_stop_that_the_same_command_goes_on_from(dpo, monkeypatch, capsys, error):
+    fail_in(monkeypatch, error)
+    with pytest.raises(type(error)):
+        dpo()
+    assert "same command" not in capsys.readouterr().out
