@@ -127,3 +127,14 @@ def test_a_bug_is_no_stop_that_the_same_command_goes_on_from(dpo, monkeypatch, c
     with pytest.raises(type(error)):
         dpo()
     assert "same command" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "swept", [{"revision": [None, "v1"]}, {"revision": [None, "v1"], "beta": [0.1, 0.2]}], ids=str
+)
+def test_null_and_a_value_are_swept_to_their_table(dpo, capsys, swept):
+    assert dpo(**swept) == 0
+    printed = capsys.readouterr().out
+    assert "The sweep is in sweep.csv and sweep.png" in printed
+    table = printed[printed.rindex("revision") :]
+    assert ("null" in table or "None" in table) and "v1" in table
