@@ -5,10 +5,12 @@ it. No room imports anything of the top level: what a room needs of it comes as 
 
 config      settings, read and checked            checkpoint  a run's folder, lock and checkpoints
 sources     files, the Hub, its cache, stand-ins  run_log     metrics.jsonl, tracker, progress bar
-model       loading, adapters, float32, saving    report      curves, report.md, model card
-machine     device and dtype, speed, memory       verdict     what an evaluation can claim, advice
-checks      what is asked of model and pairs      sweep       a sweep's table and picture
-processes   torchrun's ranks, signals, printing   dry_run     a pair as the model sees it, the cost
-files       files written whole or not at all     sampler     answers that a model gives
-cache       tensors that runs share               errors      InputError
+explain     the Hub's errors in plain words       report      curves, report.md, model card
+model       loading, adapters, float32, saving    verdict     what an evaluation can claim, advice
+template    a chat template against generation    sweep       a sweep's table and picture
+machine     device and dtype, speed, memory       dry_run     a pair as the model sees it, the cost
+checks      what is asked of model and pairs      sampler     answers that a model gives
+processes   torchrun's ranks, signals, printing   failures    what ends a run, what to do then
+files       files written whole or not at all     cache       tensors that runs share
+errors      InputError
 """

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -15,13 +16,26 @@ import datasets
 from huggingface_hub import constants, get_session
 
 from support.errors import InputError, first_line
+from support.explain import explain
 from support.processes import say
 
 ROOT = Path(__file__).parent.parent
 LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
+OTHER_FILES = (
+    ".tsv",
+    ".txt",
+    ".ndjson",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".arrow",
+)
 PACKAGE = "package://"
 stand_ins_used = {}  # Hub name -> what this process took in its place
-revisions_used = {}  # Hub name -> the commit that this process took
+revisions_used = {}  # Hub name -> the commit that this process read
 
 
 class MissingSplit(InputError):
@@ -48,7 +62,8 @@ def open_source(name, kind, stand_ins, load):
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
         if found:
-            raise InputError(f"{kind} {name} does not load: {first_line(error)}") from error
+            reason = explain(error, path, kind)
+            raise InputError(f"{kind} {name} does not load: {reason}") from error
         if name not in (stand_ins or {}):
             raise InputError(
                 f"{kind} {name} is neither a local path nor in the Hub's cache, and the Hub is out "
@@ -65,9 +80,19 @@ def _is_local(path, name, kind):
     """Whether a path is there; InputError for a name that can be nothing but a path and is not."""
     if os.path.exists(path):
         return True
-    if Path(name).suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\":
+    suffix = Path(name).suffix.lower()
+    if kind == "dataset" and suffix in OTHER_FILES:
+        raise _unsupported_ending(name)
+    if suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\":
         raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
     return False
+
+
+def _unsupported_ending(name):
+    ending = Path(name).suffix or "(none)"
+    return InputError(
+        f"dataset {name}: unsupported ending {ending}, use .jsonl, .json, .csv or .parquet"
+    )
 
 
 def package_file(name):
@@ -94,7 +119,8 @@ def hub_reachable(seconds=4):
 def read_records(path, split=None, evaluation=False):
     """Read a preference set.
 
-    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name
+    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name, behind which may
+                stand one of its configurations: org/set/configuration
     split       the split to read. In a local file it selects rows only where the file has a column
                 `split`; None reads all rows (of a Hub set: the split train)
     evaluation  whether a local file without the column has no such split, instead of one
@@ -103,6 +129,8 @@ def read_records(path, split=None, evaluation=False):
                 MissingSplit for a split that is not there
     """
     if Path(path).suffix.lower() not in LOCAL_FILES:
+        if os.path.isfile(path):
+            raise _unsupported_ending(path)
         return _read_hub_set(path, split or "train")
     records = _read_file(path)
     if not isinstance(records, list):
@@ -119,13 +147,26 @@ def read_records(path, split=None, evaluation=False):
 
 
 def _read_hub_set(name, split):
-    """A set that `datasets` finds by its name, in a folder or on the Hub."""
+    """A set that `datasets` finds by its name, in a folder or on the Hub; its commit is noted."""
+    repository, configuration = name, None
+    if name.count("/") == 2 and not os.path.exists(name):
+        repository, _, configuration = name.rpartition("/")
     try:
-        return datasets.load_dataset(name, split=split)
+        records = datasets.load_dataset(repository, configuration, split=split)
     except ValueError as error:
         if "Unknown split" in str(error):
-            raise MissingSplit(f"{name}: {error}") from error
+            raise MissingSplit(f"{name}: {error} Choose with split=NAME") from error
         raise
+    # `datasets` keeps what it read of the Hub in a folder named by the commit
+    for file in records.cache_files:
+        note_revision(name, Path(file["filename"]).parent.name)
+    return records
+
+
+def note_revision(name, commit):
+    """Keep in revisions_used which commit of a Hub name was read, if it is one."""
+    if re.fullmatch("[0-9a-f]{40}", commit or ""):
+        revisions_used[name] = commit
 
 
 def _read_file(path):
