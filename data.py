@@ -18,7 +18,9 @@ import torch
 from jinja2 import TemplateError
 
 from support.errors import InputError, first_line
+from support.processes import say
 from support.sources import MissingSplit, open_source, read_records
+from support.template import compare_template
 
 # Columns by name. A new name goes into one of these three, a new structure into SHAPES below.
 PROMPTS = ("prompt", "instruction", "question")
@@ -53,6 +55,7 @@ class Pair:
     rejected_ids: list[int]
     prompt: str = ""  # the prompt's messages as JSON
     cut: bool = False  # whether the prompt or an answer lost tokens to a limit
+    reversed: bool = False  # whether the chosen answer has the lower score
 
     @property
     def tokens(self):
@@ -100,18 +103,41 @@ def load_pairs(config, tokenizer):
 
     # evaluation pairs first, for their prompts are not trained on
     held_out = []
+    eval_records = records
     if config.eval_pairs:
         eval_records, eval_order, wanted = _evaluation_records(config, records, order)
         held_out = select_pairs(eval_records, encoder, wanted, eval_order, drops["eval"])
+    if eval_records is records:
+        taken = {pair.index for pair in held_out}
+        order = [index for index in order if index not in taken]
     prompts = {pair.prompt for pair in held_out}
     wanted = config.train_pairs
     train = select_pairs(records, encoder, wanted, order, drops["train"], without=prompts)
 
     if not train:
-        raise _no_usable_pair(config.dataset, drops["train"])
+        raise _no_usable_pair(config.dataset, records, drops["train"])
     if config.eval_pairs and not held_out:
-        raise _no_usable_pair(config.eval_dataset or config.dataset, drops["eval"])
-    return {"train": train, "eval": held_out}, drops
+        eval_source = config.eval_dataset or config.dataset
+        raise _no_usable_pair(eval_source, eval_records, drops["eval"])
+    pairs = {"train": train, "eval": held_out}
+    if len(train) == wanted < len(order):
+        number = f"{wanted:,} of {len(records):,} records"
+        say(f"train_pairs={wanted}: {number} are trained on; train_pairs=0 takes all")
+    _say_what_is_odd(pairs, encoder, records)
+    return pairs, drops
+
+
+def _say_what_is_odd(pairs, encoder, records):
+    """Say loudly what a set or a template has that its owner may not know of."""
+    for split, part in pairs.items():
+        turned = sum(pair.reversed for pair in part)
+        if turned:
+            count = f"{turned} of {len(part)} {split} pairs"
+            say(f"!!! {count} score the rejected answer above the chosen one; used as they are !!!")
+    messages, chosen, *_ = to_messages(records[pairs["train"][0].index])
+    warning = compare_template(encoder, messages, chosen)
+    if warning:
+        say(f"!!! {warning} !!!")
 
 
 def _evaluation_records(config, records, order):
@@ -132,23 +158,25 @@ def _evaluation_records(config, records, order):
     return records, order[::-1], min(config.eval_pairs, a_fifth)
 
 
-def digest_pairs(pairs):
-    """sha256 of the token ids of pairs by split, in their order."""
-    digest = hashlib.sha256()
-    for split, part in pairs.items():
-        digest.update(split.encode())
-        for pair in part:
-            ids = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
-            digest.update(json.dumps(ids).encode())
-    return digest.hexdigest()
-
-
-def _no_usable_pair(source, drops):
+def _no_usable_pair(source, records, drops):
     """The error for a set of which no record is left, with the reasons and what would be right."""
     lines = [f"dataset {source}: no usable pair in {drops.total()} records."]
     for reason, number in drops.most_common(10):
         lines.append(f"  {number:6d}  {reason}")
-    return InputError("\n".join([*lines, ACCEPTED_COLUMNS]))
+    for index in range(len(records)):
+        try:
+            to_messages(records[index])
+        except Drop as reason:
+            lines += [f"Record {index} is {reason}", *_beginnings(records[index]), ACCEPTED_COLUMNS]
+            break
+    return InputError("\n".join(lines))
+
+
+def _beginnings(record):
+    """Lines with the columns of a record, each with how its value begins."""
+    if not isinstance(record, dict):
+        return [f"  {repr(record)[:80]}"]
+    return [f"  {column} = {repr(value)[:80]}" for column, value in record.items()]
 
 
 def load_records(source, split, stand_ins, evaluation=False):
@@ -223,30 +251,37 @@ def to_messages(record):
     """
     drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
     dialogues = _dialogues(record)
-    for dialogue in dialogues:
+    for column, dialogue in dialogues.items():
         ended = len(dialogue) > 1 and dialogue[-1]["role"] == "assistant"
-        drop_if(not ended, "malformed: no prompt, or no assistant's turn at the end")
-    (*messages, chosen), (*others, rejected) = dialogues
-    drop_if(messages != others, "malformed: the two dialogues differ before the last answer")
+        drop_if(
+            not ended, f"malformed: no prompt before {column}, or no assistant's turn at its end"
+        )
+    (*messages, chosen), (*others, rejected) = dialogues.values()
+    same = messages == others
+    drop_if(not same, f"malformed: {' and '.join(dialogues)} differ before the last answer")
     asked = messages[-1]["role"] == "user" and messages[-1]["content"].strip()
     drop_if(not asked, "malformed: the prompt does not end with a user's turn")
     return messages, chosen["content"], rejected["content"], _scores(record)
 
 
 def _dialogues(record):
-    """The chosen and the rejected dialogue of a record, by the first shape that fits (one does)."""
-    prompt = _first_filled(record, PROMPTS)
+    """The dialogues in a record's two answer columns, {column: turns}, by the first shape that fits."""
     for columns in ANSWERS:
         if record.keys() >= set(columns):
-            answers = [record[column] for column in columns]
             break
     else:
         raise Drop(f"unknown columns: {sorted(map(str, record))}"[:200])
+    asked = _first_filled(record, PROMPTS)
+    filled = [column for column in ("system", asked) if record.get(column)]
+    for column in [*filled, *columns]:
+        fault = f"malformed: {column} is neither text nor a list of {{role, content}}"
+        drop_if(not _is_dialogue(record[column]), fault)
     system = _turns(record.get("system") or [], "system")
+    answers = [record[column] for column in columns]
     for shape in SHAPES:
-        dialogues = shape(system, prompt, answers)
+        dialogues = shape(system, record.get(asked), answers)
         if dialogues is not None:
-            return dialogues
+            return dict(zip(columns, dialogues, strict=True))
 
 
 def answers_to_a_prompt(system, prompt, answers):
@@ -277,26 +312,32 @@ SHAPES = (answers_to_a_prompt, transcripts, whole_dialogues)  # each tried in th
 
 
 def _first_filled(record, columns):
-    """The value of the first of some columns that has one, or None."""
+    """The first of some columns that has a value, or None."""
     for column in columns:
         if record.get(column):
-            return record[column]
+            return column
     return None
 
 
+def _is_dialogue(value):
+    """Whether a value is text, or a list of {role, content}."""
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list):
+        return False
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
+            return False
+        if turn.get("role") not in ("system", "user", "assistant"):
+            return False
+    return True
+
+
 def _turns(value, role="assistant"):
-    """Text as one turn of this role, or a list of {role, content}; Drop for any other value."""
+    """Text as one turn of this role, or the turns of a list without what else stands in them."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    fault = "malformed: neither text nor a list of {role, content}"
-    drop_if(not isinstance(value, list), fault)
-    turns = []
-    for turn in value:
-        drop_if(not isinstance(turn, dict), fault)
-        drop_if(turn.get("role") not in ("system", "user", "assistant"), fault)
-        drop_if(not isinstance(turn.get("content"), str), fault)
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
 def _join(system, prompt, turns):
@@ -379,13 +420,13 @@ class PairEncoder:
         question = {"role": "user", "content": "question"}
         answer = {"role": "assistant", "content": "ANSWER"}
         try:
-            asked = self._render([question], add_generation_prompt=True)
-            answered = self._render([question, answer])
+            asked = self.render([question], add_generation_prompt=True)
+            answered = self.render([question, answer])
         except TemplateError as error:
             raise InputError(f"the chat template fails: {first_line(error)}") from error
         return asked.rpartition("question")[2], answered.rpartition("ANSWER")[2]
 
-    def _render(self, messages, **options):
+    def render(self, messages, **options):
         """The chat template's text; of a base model, which has none, the turns' text alone."""
         if not self.tokenizer.chat_template:
             return "\n\n".join(message["content"] for message in messages)
@@ -399,7 +440,7 @@ class PairEncoder:
         messages, chosen, rejected, scores = to_messages(record)
         self._check(messages, chosen, rejected, scores)
         try:
-            rendered = self._render(messages, add_generation_prompt=True)
+            rendered = self.render(messages, add_generation_prompt=True)
             prompt_ids = self.bos + self._ids(rendered)
             chosen_ids = [*self._ids(chosen), self.end_of_turn]
             rejected_ids = [*self._ids(rejected), self.end_of_turn]
@@ -415,7 +456,9 @@ class PairEncoder:
         chosen_ids = chosen_ids[:room]
         rejected_ids = rejected_ids[:room]
         drop_if(chosen_ids == rejected_ids, "same text once cut")
-        return Pair(index, kept, chosen_ids, rejected_ids, json.dumps(messages), cut)
+        is_reversed = scores is not None and scores[0] < scores[1]
+        prompt = json.dumps(messages)
+        return Pair(index, kept, chosen_ids, rejected_ids, prompt, cut, is_reversed)
 
     def _check(self, messages, chosen, rejected, scores):
         """Drop what is no preference, no text, or spells a control token of the model."""
