@@ -167,7 +167,7 @@ def _no_usable_pair(source, records, drops):
         try:
             to_messages(records[index])
         except Drop as reason:
-            lines += [f"Record {index} is {reason}", *_beginnings(records[index]), ACCEPTED_COLUMNS]
+            lines += [f"Record {index}: {reason}", *_beginnings(records[index]), ACCEPTED_COLUMNS]
             break
     return InputError("\n".join(lines))
 

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -151,11 +151,3 @@ def _damage(file):
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         return first_line(error)
     return None
-
-
-def in_cache(model, revision):
-    """Whether a Hub model's weights are in the cache, as far as can be told without the Hub."""
-    for file in ("model.safetensors", "model.safetensors.index.json"):
-        if isinstance(try_to_load_from_cache(model, file, revision=revision), str):
-            return True
-    return False

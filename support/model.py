@@ -7,14 +7,12 @@ from functools import partial
 
 import torch
 import transformers
-from huggingface_hub import constants
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from support.errors import InputError
-from support.explain import in_cache
-from support.processes import WORLD, say
-from support.sources import note_revision, open_source
+from support.processes import WORLD
+from support.sources import announce_download, note_commit, open_source
 
 
 def load_model(config):
@@ -40,13 +38,13 @@ def load_model(config):
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        on_the_hub = not os.path.exists(path) and not constants.HF_HUB_OFFLINE
-        if on_the_hub and not in_cache(path, options["revision"]):
-            say(f"Downloading {path} from the Hub ...")
+        on_the_hub = not os.path.exists(path)
+        if on_the_hub:
+            announce_download(path, options["revision"])
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
         _check_weights(found, config.model)
-        # of the same commit, should the branch move meanwhile
-        options["revision"] = getattr(model.config, "_commit_hash", None) or options["revision"]
+        if on_the_hub:  # the tokenizer of the same commit, should the branch move meanwhile
+            options["revision"] = note_commit(path, options["revision"])
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         return model, tokenizer
 
@@ -54,7 +52,6 @@ def load_model(config):
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
-    note_revision(config.model, getattr(model.config, "_commit_hash", None))
     _disable_dropout(model)
     return model.eval(), tokenizer
 

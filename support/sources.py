@@ -13,7 +13,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import datasets
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 
 from support.errors import InputError, first_line
 from support.explain import explain
@@ -159,14 +159,29 @@ def _read_hub_set(name, split):
         raise
     # `datasets` keeps what it read of the Hub in a folder named by the commit
     for file in records.cache_files:
-        note_revision(name, Path(file["filename"]).parent.name)
+        commit = Path(file["filename"]).parent.name
+        if re.fullmatch("[0-9a-f]{40}", commit):
+            revisions_used[name] = commit
     return records
 
 
-def note_revision(name, commit):
-    """Keep in revisions_used which commit of a Hub name was read, if it is one."""
-    if re.fullmatch("[0-9a-f]{40}", commit or ""):
-        revisions_used[name] = commit
+def announce_download(model, revision):
+    """Say so where the weights of a Hub model are about to be downloaded."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        if isinstance(try_to_load_from_cache(model, file, revision=revision), str):
+            return
+    say(f"Downloading {model} from the Hub ...")
+
+
+def note_commit(model, revision):
+    """Keep in revisions_used the commit of a Hub model that was read just now, and return it."""
+    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        return revision
+    revisions_used[model] = Path(cached).parent.name  # .../snapshots/COMMIT/config.json
+    return revisions_used[model]
 
 
 def _read_file(path):

@@ -21,34 +21,40 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-class Hub(http.server.ThreadingHTTPServer):
+class Hub:
     """Serves repositories in the few requests that huggingface_hub and datasets make.
 
     repos    "models/org/name" or "datasets/org/name" -> {revision: {path: bytes}}
-    faults   repository, or repository and path -> "hang", "cut", or (status, X-Error-Code)
-    asked    the requests so far, as "METHOD path"
+    faults   repository, repository and path, or "/" -> "hang", "cut", or (status, X-Error-Code)
+    port     stays the same, however often it is stopped and started
     """
 
-    daemon_threads = True
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self):
         self.repos = {}
         self.faults = {}
-        self.asked = []
-        self.hanging = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.port = 0
+        self.start()
 
-    def add(self, repo, files, revision="main"):
+    def add(self, repo, files, revision="main", fault=None):
         """Put files, {path: bytes}, under a revision of a repository; returns its commit."""
         self.repos.setdefault(repo, {})[revision] = files
+        if fault:
+            self.faults[repo] = fault
         return commit_of(files)
 
-    def close(self):
+    def start(self):
+        self.hanging = threading.Event()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.server.daemon_threads = True
+        self.server.hub = self
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self):
         """Let go of what hangs, and answer nobody any more."""
         self.hanging.set()
-        self.shutdown()
-        self.server_close()
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def commit_of(files):
@@ -66,50 +72,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
+        self.hub = self.server.hub
         length = int(self.headers.get("Content-Length", 0))
         body = urllib.parse.parse_qs(self.rfile.read(length).decode())
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        self.server.asked.append(f"{self.command} {path}")
-        if path == "/":
-            self._fault(self.server.faults.get("/")) or self._send(b"the Hub")
+        request = re.fullmatch(
+            r"/(?P<api>api/)?(?P<kind>models/|datasets/)?(?P<name>[^/]+/[^/]+)"
+            r"(/(?P<what>resolve|revision|tree|paths-info)/(?P<revision>[^/]+)(/(?P<file>.*))?)?",
+            path,
+        )
+        if request is None:
+            self._fault(self.hub.faults.get("/")) or self._send(b"the Hub")
             return
-        kind = "datasets" if re.match(r"/(api/)?datasets/", path) else "models"
-        path = re.sub(r"^/(api/)?(models|datasets)/", r"/\1", path)
-        api = path.startswith("/api/")
-        repo, what, rest = re.fullmatch(
-            r"(?:/api)?/([^/]+/[^/]+)(?:/(resolve|revision|tree|paths-info))?/?(.*)", path
-        ).groups()
-        repo = f"{kind}/{repo}"
-        revision, _, file = rest.partition("/")
-        self._answer(api, repo, what, revision or "main", file, body)
+        repo = f"{request['kind'] or 'models/'}{request['name']}"
+        self._answer(repo, request, body)
 
     do_HEAD = do_POST = do_GET
 
-    def _answer(self, api, repo, what, revision, file, body):
-        faults = self.server.faults
-        if self._fault(faults.get(repo) or faults.get(f"{repo}/{file}")):
+    def _answer(self, repo, request, body):
+        file = request["file"]
+        if self._fault(self.hub.faults.get(repo) or self.hub.faults.get(f"{repo}/{file}")):
             return
-        if repo not in self.server.repos:
+        if repo not in self.hub.repos:
             self._refuse(401, "RepoNotFound")  # as the Hub does to whom it does not know
             return
-        files = self._files(repo, revision)
+        files = self._files(repo, request["revision"] or "main")
         if files is None:
             self._refuse(404, "RevisionNotFound")
-        elif not api:
+        elif request["what"] == "resolve":
             self._send_file(repo, files, file)
-        elif what == "tree":
+        elif request["what"] == "tree":
             self._send_json([entry(path, files[path]) for path in files])
-        elif what == "paths-info":
+        elif request["what"] == "paths-info":
             self._send_json([entry(path, files[path]) for path in body["paths"] if path in files])
         else:
             siblings = [{"rfilename": path} for path in files]
-            name = repo.partition("/")[2]
-            facts = {"id": name, "sha": commit_of(files), "siblings": siblings, "tags": []}
-            self._send_json({**facts, "private": False, "downloads": 0, "likes": 0})
+            facts = {"id": request["name"], "sha": commit_of(files), "siblings": siblings}
+            self._send_json({**facts, "tags": [], "private": False, "downloads": 0, "likes": 0})
 
     def _files(self, repo, revision):
         """The files of a branch, a tag or a commit; None if there is no such revision."""
-        revisions = self.server.repos[repo]
+        revisions = self.hub.repos[repo]
         for name, files in revisions.items():
             if revision in (name, commit_of(files)):
                 return files
@@ -121,13 +124,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         content = files[path]
         headers = {"X-Repo-Commit": commit_of(files), "ETag": f'"{sha(content)}"'}
-        cut = self.server.faults.get(f"{repo}/{path}") == "cut"
+        cut = self.hub.faults.get(f"{repo}/{path}") == "cut"
         self._send(content, headers, cut and self.command == "GET")
 
     def _fault(self, fault):
         """Do what is to go wrong with this request, if anything; whether it is then done with."""
         if fault == "hang" and (self.command == "GET" or self.path == "/"):
-            self.server.hanging.wait(60)
+            self.hub.hanging.wait(60)
             self.close_connection = True
         elif fault == "hang":
             return False
@@ -208,9 +211,10 @@ def serve_commands():
     from huggingface_hub import constants
 
     import train_dpo
+    from support.sources import revisions_used
 
     # the clients' patience: with a silent server, and between two tries
-    constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.3
+    constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.2
     pause = time.sleep
     time.sleep = lambda seconds: pause(min(seconds, 0.01))
     for line in sys.stdin:
@@ -222,6 +226,7 @@ def serve_commands():
                 code = 99  # an exception that nobody caught: its traceback is printed
                 try:
                     code = train_dpo.main(json.loads(line))
+                    print("commits read:", json.dumps(revisions_used))
                 finally:
                     sys.stdout.flush()
                     if code == 99:

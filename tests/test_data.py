@@ -175,6 +175,10 @@ def test_an_hh_dialogue_keeps_the_space_and_lines_of_its_text():
     assert data.to_messages(made)[:3] == ([user("a\n\nb ")], " two spaces\n", "")
 
 
+NEITHER = "malformed: {} is neither text nor a list of {{role, content}}"
+UNASKED = "malformed: no prompt before {}, or no assistant's turn at its end"
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
@@ -182,33 +186,28 @@ def test_an_hh_dialogue_keeps_the_space_and_lines_of_its_text():
         (None, "not a record but NoneType"),
         ({"text": "x", "label": 1}, "unknown columns: ['label', 'text']"),
         ({"prompt": "Q", "chosen": "a"}, "unknown columns: ['chosen', 'prompt']"),
-        (record("Q", None, "b"), "malformed: neither text nor a list of {role, content}"),
-        (record("Q", 5, 6), "malformed: neither text nor a list of {role, content}"),
-        (record(5, "a", "b"), "malformed: neither text nor a list of {role, content}"),
-        (record(5, "a", "b", system="S"), "malformed: neither text nor a list of {role, content}"),
-        (record(system=5), "malformed: neither text nor a list of {role, content}"),
-        (record({"role": "user"}), "malformed: neither text nor a list of {role, content}"),
-        (
-            record([{"role": "tool", "content": "x"}]),
-            "malformed: neither text nor a list of {role, content}",
-        ),
-        (record([{"role": "user"}]), "malformed: neither text nor a list of {role, content}"),
-        (record([user(["x"])]), "malformed: neither text nor a list of {role, content}"),
-        (record([[user("x")]]), "malformed: neither text nor a list of {role, content}"),
-        (record("Q", [], []), "malformed: no prompt, or no assistant's turn at the end"),
-        (record("Q", [], "b"), "malformed: no prompt, or no assistant's turn at the end"),
-        (record([]), "malformed: no prompt, or no assistant's turn at the end"),
-        (record(None), "malformed: no prompt, or no assistant's turn at the end"),
-        (record(""), "malformed: no prompt, or no assistant's turn at the end"),
+        (record("Q", None, "b"), NEITHER.format("chosen")),
+        (record("Q", "a", 6), NEITHER.format("rejected")),
+        (record(5, "a", "b"), NEITHER.format("prompt")),
+        ({"question": 5, "chosen": "a", "rejected": "b"}, NEITHER.format("question")),
+        (record(5, "a", "b", system="S"), NEITHER.format("prompt")),
+        (record(system=5), NEITHER.format("system")),
+        (record({"role": "user"}), NEITHER.format("prompt")),
+        (record([{"role": "tool", "content": "x"}]), NEITHER.format("prompt")),
+        (record([{"role": "user"}]), NEITHER.format("prompt")),
+        (record([user(["x"])]), NEITHER.format("prompt")),
+        (record([[user("x")]]), NEITHER.format("prompt")),
+        (record("Q", [], []), UNASKED.format("chosen")),
+        (record("Q", "a", []), UNASKED.format("rejected")),
+        (record([]), UNASKED.format("chosen")),
+        (record(None), UNASKED.format("chosen")),
+        (record(""), UNASKED.format("chosen")),
         (record(" \n"), "malformed: the prompt does not end with a user's turn"),
         (record([user("Q"), system("S")]), "malformed: the prompt does not end with a user's turn"),
-        (
-            record("Q", [user("Q")], [user("Q")]),
-            "malformed: no prompt, or no assistant's turn at the end",
-        ),
+        (record("Q", [user("Q")], [user("Q")]), UNASKED.format("chosen")),
         (
             record(None, [user("Q"), assistant("a")], [user("R"), assistant("b")]),
-            "malformed: the two dialogues differ before the last answer",
+            "malformed: chosen and rejected differ before the last answer",
         ),
         (record("Q", "same", "same"), "same text"),
         (record("Q", "a", ""), "empty answer"),
@@ -420,7 +419,7 @@ def test_pairs_are_held_out_where_there_is_no_other_split(tmp_path):
     train, evaluation, drops = load_pairs(data_config(path, eval_pairs=100))
     assert (len(train), len(evaluation)) == (40, 10)
     assert not {p.prompt for p in train} & {p.prompt for p in evaluation}
-    assert drops["train"] == {"its prompt is held out for evaluation": 10}
+    assert drops["train"] == {}
     train, evaluation, drops = load_pairs(data_config(path, eval_pairs=3, train_pairs=9))
     assert (len(train), len(evaluation), drops["train"]) == (9, 3, {})
     cases = data_config(path, eval_pairs=3, shuffle=False, eval_split=None)
@@ -777,3 +776,61 @@ def test_a_generated_file_is_read_whole_or_refused_with_a_line(examples, cut, bo
 @settings(max_examples=3_000, deadline=None)
 def test_thousands_of_generated_files_are_read_or_refused(examples, cut, bom, newline, tail):
     assert_file_is_read_or_refused(examples, cut, bom, newline, tail)
+
+
+# What a set's owner is told
+
+
+def test_held_out_pairs_are_not_counted_as_dropped_but_others_of_their_prompts_are(tmp_path):
+    rows = [*many(9), record("Q 8", "another", "answer")]
+    cases = data_config(
+        write_jsonl(tmp_path / "a.jsonl", rows), eval_pairs=1, shuffle=False, eval_split=None
+    )
+    train, (held_out,), drops = load_pairs(cases)
+    assert held_out.index == 9
+    assert [pair.index for pair in train] == list(range(8))
+    assert drops["train"] == {"its prompt is held out for evaluation": 1}
+
+
+def test_what_of_ones_own_records_is_left_out_is_said(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", many(1200))
+    load_pairs(data_config(path, train_pairs=500))
+    said = "train_pairs=500: 500 of 1,200 records are trained on; train_pairs=0 takes all"
+    assert capsys.readouterr().out.splitlines() == [said]
+    for wanted in (0, 1200, 1500):
+        load_pairs(data_config(path, train_pairs=wanted))
+    assert capsys.readouterr().out == ""
+
+
+def test_pairs_whose_rejected_answer_has_the_higher_score_are_counted_and_said(tmp_path, capsys):
+    rows = many(6)
+    for i, row in enumerate(rows):
+        row |= {"score_chosen": 5, "score_rejected": 7 if i < 2 else 3}
+    train, _, _ = load_pairs(data_config(write_jsonl(tmp_path / "a.jsonl", rows), shuffle=False))
+    assert [pair.reversed for pair in train] == [True, True, False, False, False, False]
+    said = "!!! 2 of 6 train pairs score the rejected answer above the chosen one; used as they are"
+    assert said in capsys.readouterr().out
+
+
+def test_a_malformed_record_is_shown_by_its_columns_beginnings(tmp_path):
+    rows = [record("Q", "a", "a"), record("Who?", {"text": "long " * 50}, "bad"), ["x"]]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError) as error:
+        data.load_pairs(data_config(path), build_tokenizer())
+    lines = str(error.value).splitlines()
+    assert f"Record 1: {NEITHER.format('chosen')}" in lines
+    assert "  prompt = 'Who?'" in lines
+    (shown,) = [line for line in lines if line.startswith("  chosen = {'text': 'long long")]
+    assert len(shown) < 100
+    assert sum("neither text nor" in line for line in lines) == 2  # counted once, shown once
+
+
+@pytest.mark.parametrize("rows", [[], [record("Q", "a", "a")], [record("Q", "a", "")]])
+def test_the_column_table_is_kept_for_faults_of_columns(tmp_path, rows):
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError, match="no usable pair") as error:
+        data.load_pairs(data_config(path), build_tokenizer())
+    assert "Accepted are these columns" not in str(error.value)
+    path = write_jsonl(tmp_path / "a.jsonl", [*rows, record("Q", 5, "b")])
+    with pytest.raises(InputError, match="Accepted are these columns"):
+        data.load_pairs(data_config(path), build_tokenizer())

@@ -354,3 +354,26 @@ assert time.monotonic() - start < 15
     assert (cached, away) == ("10", "2")
     assert loud == f"!!! The Hub is out of reach: dataset org/away is replaced by {path} !!!"
     assert "org/gone is neither a local path nor in the Hub's cache" in gone
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.txt", "A.TSV", "org/a.xlsx", "~/a.txt"])
+@pytest.mark.parametrize("there", [True, False])
+def test_an_ending_that_is_not_read_is_named_and_not_looked_for_on_the_hub(
+    tmp_path, monkeypatch, name, there
+):
+    monkeypatch.setattr(sources, "hub_reachable", lambda: pytest.fail("asked the Hub"))
+    if there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("prompt\tchosen\trejected\n")
+    with pytest.raises(InputError) as error:
+        data.load_records(name, None, {})
+    ending = Path(name).suffix
+    said = f"dataset {name}: unsupported ending {ending}, use .jsonl, .json, .csv or .parquet"
+    assert str(error.value) == said
+
+
+def test_a_local_file_of_any_other_ending_or_none_is_refused_too(tmp_path):
+    for name, ending in (("a.jsonl.gz", ".gz"), ("pairs", "(none)")):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(InputError, match=re.escape(f"unsupported ending {ending}, use")):
+            data.load_records(name, None, {})

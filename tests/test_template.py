@@ -1,0 +1,76 @@
+"""What is said of a chat template that writes another text than is trained on."""
+
+import pytest
+
+import data
+from helpers import (
+    CHATML,
+    DANUBE,
+    build_tokenizer,
+    data_config,
+    encoder,
+    many,
+    user,
+    write_jsonl,
+)
+from support.template import compare_template
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+WITHOUT_FLAG = "{% for m in messages %}" + TURN + "{% endfor %}"
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+THINKS = CHATML.replace(
+    "{{ m.content }}", "{% if m.role == 'assistant' %}<think>{% endif %}{{ m.content }}"
+)
+WITHOUT_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + ASK
+
+
+def warning(template, messages=None, answer="An answer."):
+    messages = messages or [user("Hello")]
+    return compare_template(encoder(build_tokenizer(template)), messages, answer)
+
+
+@pytest.mark.parametrize("template", [CHATML, DANUBE, LLAMA2])
+@pytest.mark.parametrize("answer", ["An answer.", " Spaces \n around \n"])
+def test_a_template_that_writes_what_is_trained_on_needs_no_word(template, answer):
+    assert warning(template, answer=answer) is None
+    assert warning(template.replace("m.content", "m.content | trim"), answer=answer) is None
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_named():
+    said = warning(WITHOUT_FLAG)
+    assert "The template ignores add_generation_prompt." in said
+    assert "<|im_start|>assistant" in said
+    assert "trained on is 'ANSWER<|im_end|>'" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"), [(THINKS, "<think>ANSWER"), (WITHOUT_END, "trained on is")]
+)
+def test_a_template_that_writes_more_or_less_around_an_answer_is_said(template, shown):
+    said = warning(template)
+    assert shown in said
+    assert "ignores add_generation_prompt" not in said
+
+
+def test_the_first_pair_is_compared_too():
+    rewrites = CHATML.replace("m.content", "m.content | replace('secret', 'public')")
+    assert warning(rewrites) is None
+    assert "public" in warning(rewrites, answer="a secret")
+
+
+@pytest.mark.parametrize("template", [CHATML, WITHOUT_FLAG, None])
+def test_a_run_says_so_in_one_loud_line(tmp_path, capsys, template):
+    path = write_jsonl(tmp_path / "a.jsonl", many(3))
+    data.load_pairs(data_config(path), build_tokenizer(template))
+    loud = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!!!")]
+    assert len(loud) == (template != CHATML)
+
+
+def test_a_base_model_is_told_what_text_it_is_trained_on():
+    said = warning(None)
+    assert "no chat template" in said
+    assert "plain text, such as 'questionANSWER<|im_end|>'" in said
