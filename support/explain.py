@@ -130,6 +130,8 @@ def damaged_file(name):
     if not local:
         folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
         pattern = "snapshots/*/*"
+    if not os.path.isdir(folder):
+        return None
     for file in sorted(folder.glob(pattern)):
         fault = _damage(file)
         if fault is None:
@@ -137,14 +139,14 @@ def damaged_file(name):
         advice = "Copy it anew"
         if not local:  # the name in a snapshot points to the file itself
             advice = f"Delete {file.resolve()} and start again: it is then downloaded anew"
-        return f"the file {file} is damaged ({fault}). {advice}"
+        return f"the file {file} is damaged or unreadable ({fault}). {advice}"
     return None
 
 
 def _damage(file):
     """What is wrong with a file of weights or of JSON, or None."""
     try:
-        if file.suffix == ".json":
+        if file.suffix == ".json" and file.is_file():
             json.loads(file.read_bytes())
         if file.suffix == ".safetensors":
             safe_open(file, "pt")

@@ -175,6 +175,13 @@ def test_a_name_that_the_hub_does_not_know_may_be_misspelt_or_private(here, run)
         assert f"the Hub has no {kind} of this name that you may read" in printed
 
 
+def test_an_absurd_name_of_a_model_is_one_clear_error(run):
+    for name in ("x" * 5000, "org/a b", "a/b/c/d"):
+        code, printed = run(model=name)
+        assert code == 2
+        assert f"Error: model {name} does not load: " in printed
+
+
 def test_the_configurations_of_a_set_are_listed_and_one_can_be_chosen(here, run):
     here.hub.add("datasets/org/two", {**SET, "README.md": CONFIGURATIONS})
     for name in ("org/two", "org/two/de"):
