@@ -265,7 +265,7 @@ def to_messages(record):
 
 
 def _dialogues(record):
-    """The dialogues in a record's two answer columns, {column: turns}, by the first shape that fits."""
+    """The dialogues of a record's answer columns, {column: turns}, by the first shape that fits."""
     for columns in ANSWERS:
         if record.keys() >= set(columns):
             break
