@@ -5,7 +5,6 @@ load_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_
 How files and the Hub are read is in support/sources.py.
 """
 
-import hashlib
 import json
 import random
 import re

@@ -43,7 +43,7 @@ from support.checks import check_model
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
-from support.files import digest_tensors
+from support.files import digest_pairs, digest_tensors
 from support.machine import matmul_peak, numerics, operations_a_token, resolve_machine
 from support.model import (
     add_adapter,
@@ -464,7 +464,7 @@ def prepare(config, dry=False):
     """
     model, tokenizer = load_model(config)
     pairs, drops = data.load_pairs(config, tokenizer)
-    origin = {"model": digest_tensors(model.state_dict()), "pairs": data.digest_pairs(pairs)}
+    origin = {"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)}
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
     if config.lora_r:

@@ -1,6 +1,7 @@
 """Files that are whole whatever happens: written beside their place, flushed, then renamed."""
 
 import hashlib
+import json
 import os
 
 import torch
@@ -34,6 +35,17 @@ def digest_tensors(tensors):
         digest.update(name.encode())
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(data.numpy())
+    return digest.hexdigest()
+
+
+def digest_pairs(pairs):
+    """sha256 of the token ids of data.Pairs by split, in their order."""
+    digest = hashlib.sha256()
+    for split, part in pairs.items():
+        digest.update(split.encode())
+        for pair in part:
+            ids = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+            digest.update(json.dumps(ids).encode())
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from support.errors import InputError
-from support.processes import WORLD
+from support.processes import WORLD, say
 from support.sources import announce_download, note_commit, open_source
 
 
