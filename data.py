@@ -25,6 +25,7 @@ from support.template import compare_template
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
+LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 ACCEPTED_COLUMNS = r"""Accepted are these columns, with any others beside them:
   prompt, chosen, rejected                           strings, or lists of {role, content}
   chosen, rejected                                   lists of {role, content} with the prompt
@@ -275,6 +276,9 @@ def _dialogues(record):
     for column in [*filled, *columns]:
         fault = f"malformed: {column} is neither text nor a list of {{role, content}}"
         drop_if(not _is_dialogue(record[column]), fault)
+        if isinstance(record[column], str):
+            as_text = LIST_AS_TEXT.match(record[column])
+            drop_if(as_text, f"malformed: {column} is a list that is stored as text")
     system = _turns(record.get("system") or [], "system")
     answers = [record[column] for column in columns]
     for shape in SHAPES:

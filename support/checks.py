@@ -40,7 +40,7 @@ def _positions(model):
 
 @torch.no_grad()
 def check_causal(model, pair, tolerance=1e-4):
-    """Refuse a model in which a token sees the tokens after it, as in BERT.
+    """Refuse a model in which a token sees the tokens after it, as in BERT, or that gives nan.
 
     Changes the last token of a sequence, and asks that all logits before it stay: they may change
     by `tolerance` times what the last token's own logits do.
@@ -52,6 +52,11 @@ def check_causal(model, pair, tolerance=1e-4):
     changed[0, -1] = (ids[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
     before = model(input_ids=ids, use_cache=False).logits[0].float()
     after = model(input_ids=changed, use_cache=False).logits[0].float()
+    if not before.isfinite().all():
+        raise InputError(
+            "the model's predictions are not finite before any training: its weights are damaged, "
+            "or hold nan. Give the model's files anew"
+        )
     *earlier, last = (before - after).abs().amax(1).tolist()
     if not max(earlier) <= tolerance * last:
         raise InputError(

@@ -25,6 +25,11 @@ def compare_template(encoder, messages, answer):
             "The model has no chat template, as a base model has none: it is trained on plain "
             f"text, such as {text!r}"
         )
+    if QUESTION[0]["content"] not in encoder.render(QUESTION, add_generation_prompt=True):
+        return (
+            "The chat template leaves out what the user says: the model is trained on answers "
+            "without their questions. Mend the tokenizer's chat_template"
+        )
     conversations = ((QUESTION, ANSWER), (messages, answer))
     for prompt, reply in conversations:
         trained = encoder.render(prompt, add_generation_prompt=True) + reply + end

@@ -79,6 +79,15 @@ def test_a_bidirectional_model_is_refused(tmp_path, dpo, capsys):
     assert "BertLMHeadModel is no causal language model" in capsys.readouterr().out
 
 
+def test_a_model_whose_weights_hold_nan_is_refused(tmp_path, dpo, capsys):
+    write_model(tmp_path / "model")
+    rewrite_weights(
+        tmp_path / "model", lambda tensors: {n: t * math.nan for n, t in tensors.items()}
+    )
+    assert dpo(model=str(tmp_path / "model")) == 2
+    assert "Error: the model's predictions are not finite" in capsys.readouterr().out
+
+
 def test_router_jitter_is_off_so_that_the_first_loss_is_ln_2(tmp_path, dpo):
     write_model(tmp_path / "moe", "mixtral", router_jitter_noise=0.3, num_local_experts=4)
     assert dpo(model=str(tmp_path / "moe")) == 0

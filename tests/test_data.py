@@ -162,6 +162,13 @@ def test_answers_of_several_turns_go_on_from_the_prompt():
     assert data.to_messages(made)[:3] == ([user("Q"), *later], "good", "bad")
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr], ids=["as JSON", "as Python"])
+def test_a_list_that_a_column_stores_as_text_is_not_trained_on_literally(write):
+    made = record(chosen=write([assistant("good")]), rejected=write([assistant("bad")]))
+    assert reason(made) == "malformed: chosen is a list that is stored as text"
+    assert encoder().encode(record(chosen="[{'x': 1}] is Python", rejected="[1]"))
+
+
 def test_scores_that_are_no_numbers_are_no_tie():
     for score in (None, "", "high", [1], 10**400, float("nan")):
         assert encoder().encode(record(score_chosen=score, score_rejected=score))

@@ -74,3 +74,8 @@ def test_a_base_model_is_told_what_text_it_is_trained_on():
     said = warning(None)
     assert "no chat template" in said
     assert "plain text, such as 'questionANSWER<|im_end|>'" in said
+
+
+def test_a_template_that_leaves_out_the_question_is_named():
+    said = warning(CHATML.replace("{{ m.content }}", "{% if loop.last %}{% endif %}"))
+    assert said.startswith("The chat template leaves out what the user says")
