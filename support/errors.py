@@ -11,4 +11,9 @@ def first_line(error):
     lines = str(error).strip().splitlines()
     if not lines:
         return f"{kind}: no details"
-    return f"{kind}: {lines[0][:300]}"
+    first = lines[0].strip()
+    says_nothing_alone = first.endswith(":")
+    if says_nothing_alone and len(lines) > 1:
+        second = lines[1].strip()
+        first = f"{first} {second}"
+    return f"{kind}: {first[:300]}"

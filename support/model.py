@@ -62,7 +62,10 @@ def _check_weights(found, name):
     found   what transformers tells of loading it: missing_keys, unexpected_keys, mismatched_keys
     """
     surplus = _some(found["unexpected_keys"])
-    absent = _some([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    names = list(found["missing_keys"])
+    for name_in_file, *_ in found["mismatched_keys"]:
+        names.append(f"{name_in_file} (there in another shape)")
+    absent = _some(names)
     if absent:
         message = f"model {name}: its files do not hold these weights of the model: {absent}"
         if surplus:

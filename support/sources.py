@@ -80,6 +80,8 @@ def _is_local(path, name, kind):
     """Whether a path is there; InputError for a name that can be nothing but a path and is not."""
     if os.path.exists(path):
         return True
+    if "://" in path:
+        raise InputError(f"{kind} {name} is a URL: give a file's path, or owner/name of the Hub")
     suffix = Path(name).suffix.lower()
     if kind == "dataset" and suffix in OTHER_FILES:
         raise _unsupported_ending(name)

@@ -42,6 +42,7 @@ def test_a_checkpoint_that_leaves_weights_at_random_is_refused_by_their_names(
     printed = capsys.readouterr().out
     assert "Error: " in printed and "layers." in printed and "Traceback" not in printed
     assert "_orig_mod." in printed or "layers.1.mlp" in printed
+    assert ("(there in another shape)" in printed) == (fault == "other shapes")
 
 
 def test_weights_that_the_model_does_not_use_are_named(tmp_path, dpo, capsys):

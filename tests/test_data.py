@@ -841,3 +841,9 @@ def test_the_column_table_is_kept_for_faults_of_columns(tmp_path, rows):
     path = write_jsonl(tmp_path / "a.jsonl", [*rows, record("Q", 5, "b")])
     with pytest.raises(InputError, match="Accepted are these columns"):
         data.load_pairs(data_config(path), build_tokenizer())
+
+
+def test_a_set_that_is_held_out_whole_says_how_to_train_on_it(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", many(1))
+    with pytest.raises(InputError, match="All are held out for evaluation: set eval_pairs=0"):
+        load_pairs(data_config(path, eval_pairs=5))

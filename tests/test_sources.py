@@ -377,3 +377,9 @@ def test_a_local_file_of_any_other_ending_or_none_is_refused_too(tmp_path):
         (tmp_path / name).write_text("x")
         with pytest.raises(InputError, match=re.escape(f"unsupported ending {ending}, use")):
             data.load_records(name, None, {})
+
+
+@pytest.mark.parametrize("name", ["https://example.org/a.jsonl", "http://example.org/owner/set"])
+def test_a_url_is_told_to_be_none_of_the_names(name):
+    with pytest.raises(InputError, match=f"dataset {name} is a URL: give a file's path"):
+        sources.open_source(name, "dataset", {}, fails)
