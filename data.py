@@ -313,7 +313,7 @@ def whole_dialogues(system, prompt, answers):
     return [_join(system, [], _turns(answer)) for answer in answers]
 
 
-SHAPES = (answers_to_a_prompt, transcripts, whole_dialogues)  # each tried in this order
+SHAPES = (answers_to_a_prompt, transcripts, whole_dialogues)  # in this order; the last takes all
 
 
 def _first_filled(record, columns):

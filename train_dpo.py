@@ -221,8 +221,9 @@ def order_steps(steps, config):
 def train_step(setup, config, rows, optimizer, lr):
     """One optimizer step over some rows of pairs; skipped if loss or gradient is not finite.
 
-    Gradients add up in setup.weights, the float32 master weights, a row at a time, so that memory
-    holds one row's activations. One process has all rows, with a share of 1.
+    Gradients add up in setup.weights, the float32 master weights, where a hook of place_weights
+    puts them; a row at a time, so that memory holds one row's activations. round_weights copies the
+    updated weights into the model. One process has all rows, with a share of 1.
 
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
     """
@@ -307,7 +308,8 @@ def make_optimizer(weights, config):
 class AnswerLogps(nn.Module):
     """The log-probability of each answer token of a data.Row under a causal language model.
 
-    Each answer is a sequence of its own until share_prompts(True) lets a row run as it is.
+    Each answer is a sequence of its own, until choose_layout (support/checks.py) finds that a row
+    as it is gives the same, and calls share_prompts(True).
     """
 
     def __init__(self, model):
@@ -362,7 +364,8 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
     """Attention over a data.Row: each answer sees its prompt and itself, no other answer or pair.
 
     Two products a pair: prompt and chosen answer causally, then the rejected answer over prompt
-    and itself. Every attention layer calls it through transformers' AttentionInterface.
+    and itself. Every attention layer calls it through transformers' AttentionInterface. After a
+    change here, delete runs/reference_cache: its keys do not know of this code.
 
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
     segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them
