@@ -151,7 +151,8 @@ def run(configs, varied, options):
 def train(setup, config, folder):
     """Train one run to its end, from its newest checkpoint if it has one; fills metrics.jsonl.
 
-    raises   FloatingPointError, or processes.Interrupted after a checkpoint
+    raises   FloatingPointError; InputError if the model or the pairs are not those it began with;
+             OSError or SafetensorError, as on a full disk; processes.Interrupted after a checkpoint
     """
     optimizer = make_optimizer(setup.weights, config)
     order = order_steps(setup.steps["train"], config)
@@ -180,7 +181,7 @@ def train(setup, config, folder):
             if skipped_in_a_row == 3:
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
 
-            # none amid skipped steps unless asked to stop: going on from it would count them anew
+            # no checkpoint amid skipped steps unless asked to stop: a resumed run counts them anew
             due = skipped_in_a_row == 0 and (step == total or is_due(step, config.save_every))
             if due:
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
@@ -202,14 +203,14 @@ def is_due(step, every):
 
 
 def evaluation_due(setup, config, step, total):
-    """Whether the evaluation pairs are scored after a step: before the first, the last, between."""
+    """Whether the evaluation pairs are scored after step 0, the last, or every eval_every."""
     if not setup.pairs["eval"]:
         return False
     return step in (0, total) or is_due(step, config.eval_every)
 
 
 def order_steps(steps, config):
-    """The optimizer steps of all epochs: the first in the data's order, others shuffled anew."""
+    """The steps of all epochs: first in the pairs' order, then with shuffle in another each."""
     order = []
     for epoch in range(config.epochs):
         shuffle = config.shuffle and epoch > 0
@@ -225,7 +226,8 @@ def train_step(setup, config, rows, optimizer, lr):
     puts them; a row at a time, so that memory holds one row's activations. round_weights copies the
     updated weights into the model. One process has all rows, with a share of 1.
 
-    returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens
+    returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens,
+             and `skipped`, the records of a step that was
     """
     indices = [index for row in rows for index in row.pairs]
     reference = setup.reference["train"]
@@ -239,7 +241,7 @@ def train_step(setup, config, rows, optimizer, lr):
         (losses.sum() * (share * processes.WORLD / len(indices))).backward()
         places = [indices.index(index) for index in row.pairs]
         logps[places] += share * row_logps.detach()
-    setup.model.eval()  # without lora_dropout
+    setup.model.eval()  # train mode is for activation checkpointing and lora_dropout alone
 
     norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf)
     _, metrics = score(processes.sum_over_processes(logps), reference[indices], config)
@@ -364,8 +366,9 @@ def shared_prompt_attention(module, query, key, value, mask, scaling=None, segme
     """Attention over a data.Row: each answer sees its prompt and itself, no other answer or pair.
 
     Two products a pair: prompt and chosen answer causally, then the rejected answer over prompt
-    and itself. Every attention layer calls it through transformers' AttentionInterface. After a
-    change here, delete runs/reference_cache: its keys do not know of this code.
+    and itself. Once share_prompts(True) is called, every attention layer calls it. A kernel put
+    here must run in float32 on the CPU too, where choose_layout compares it with separate sequences
+    and else goes back to them. Then delete runs/reference_cache: its keys do not know of this code.
 
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
     segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them
@@ -428,8 +431,8 @@ def reference_logps(setup, config):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
     The reference is the policy before its first step, so they are computed with it, in the rows and
-    the numerics in which they are used: the first loss is exactly ln 2, and no second model takes
-    memory.
+    the numerics in which they are used: the first loss is exactly that of a margin of 0 (ln 2 for
+    loss sigmoid), and no second model takes memory.
 
     returns  "train" and "eval" -> (pairs, 2) float32 in nats
     """
@@ -461,7 +464,7 @@ def reference_logps(setup, config):
 def prepare(config, dry=False):
     """Load model and pairs, lay out rows, and compute the reference's log-probabilities.
 
-    dry      without the reference
+    dry      without the reference, its answers, and the check of what can be written
     returns  Setup
     raises   InputError
     """
@@ -499,7 +502,7 @@ def prepare(config, dry=False):
 
 
 def lay_out(pairs, config):
-    """The rows of each optimizer step, by split; a row holds batch_size of the longest pairs."""
+    """The rows of each step, by split; a row has room for batch_size of the longest pairs."""
     longest = max(pair.tokens for pair in pairs["train"] + pairs["eval"])
     steps = {}
     for split, part in pairs.items():

@@ -2,7 +2,8 @@
 
 The folder holds config.yaml, metrics.jsonl, checkpoints/ while the run trains, and model/ once it
 is finished, which is renamed into place last. How a run goes on after a kill:
-    is_finished       model/ is there: nothing to do. Other settings than config.yaml's: refused
+    is_finished       model/ is there: nothing to do. Other settings than those noted in the
+                      folder's config.yaml: refused
     load_checkpoint   master weights, AdamW's state and the number of steps done, from the newest
                       checkpoint that is whole; order, rate and random numbers follow from the
                       steps done and the settings
