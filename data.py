@@ -1,8 +1,9 @@
-"""Any preference set in; token ids, rows and optimizer steps out. Knows no model but its tokenizer.
+"""Any preference set in; token ids, rows and optimizer steps out. Knows the tokenizer alone.
 
-load_records -> to_messages -> PairEncoder.encode -> select_pairs -> group_into_steps -> make_row
+load_records -> read_preference -> PairEncoder.encode -> select_pairs -> group_into_steps
+-> make_row
 
-How files and the Hub are read is in support/sources.py.
+How files and the Hub are read is in support/sources.py, what columns mean in support/shapes.py.
 """
 
 import json
@@ -18,31 +19,10 @@ from jinja2 import TemplateError
 
 from support.errors import InputError, first_line
 from support.processes import say
+from support.shapes import absent_columns, accepted_columns, read_preference
 from support.sources import MissingSplit, open_source, read_records
 from support.template import compare_template
-
-# Columns by name. A new name goes into one of these three, a new structure into SHAPES below.
-PROMPTS = ("prompt", "instruction", "question")
-ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
-SCORES = ("score_{}", "{}_avg_rating", "{}_rating", "{}-rating")  # {} is chosen or rejected
-LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
-ACCEPTED_COLUMNS = r"""Accepted are these columns, with any others beside them:
-  prompt, chosen, rejected                           strings, or lists of {role, content}
-  chosen, rejected                                   lists of {role, content} with the prompt
-  chosen, rejected                                   "\n\nHuman: ...\n\nAssistant: ..."
-  instruction, chosen_response, rejected_response    strings
-  system, question, chosen, rejected                 strings
-Scores are in score_chosen, chosen_rating, chosen-rating or chosen_avg_rating, if anywhere."""
-
-
-class Drop(Exception):
-    """This record cannot teach; the message is the reason under which it is counted."""
-
-
-def drop_if(fault, reason):
-    """Drop with this reason where the fault holds."""
-    if fault:
-        raise Drop(reason)
+from support.turns import Drop, drop_if
 
 
 @dataclass(frozen=True)
@@ -96,9 +76,11 @@ def load_pairs(config, tokenizer):
              of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
-    encoder = PairEncoder(tokenizer, config.max_length, config.max_prompt_length, config.keep_ties)
+    limits = (config.max_length, config.max_prompt_length)
+    encoder = PairEncoder(tokenizer, *limits, config.keep_ties, config.columns)
     drops = {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
+    _check_columns(config, records)
     order = visiting_order(len(records), config.shuffle, config.seed)
 
     # evaluation pairs first, for their prompts are not trained on
@@ -115,10 +97,10 @@ def load_pairs(config, tokenizer):
     train = select_pairs(records, encoder, wanted, order, drops["train"], without=prompts)
 
     if not train:
-        raise _no_usable_pair(config.dataset, records, drops["train"])
+        raise _no_usable_pair(config.dataset, records, drops["train"], config.columns)
     if config.eval_pairs and not held_out:
         eval_source = config.eval_dataset or config.dataset
-        raise _no_usable_pair(eval_source, eval_records, drops["eval"])
+        raise _no_usable_pair(eval_source, eval_records, drops["eval"], config.columns)
     pairs = {"train": train, "eval": held_out}
     if len(train) == wanted < len(order):
         number = f"{wanted:,} of {len(records):,} records"
@@ -127,17 +109,44 @@ def load_pairs(config, tokenizer):
     return pairs, drops
 
 
+def _check_columns(config, records):
+    """Refuse a setting `columns` with names that none of the first records has."""
+    if config.columns is None:
+        return
+    absent = []
+    for index in range(min(len(records), 100)):
+        there = records[index] if isinstance(records[index], dict) else {}
+        absent = absent_columns(config.columns, there)
+        if not absent:
+            return
+    if absent:
+        names = ", ".join(map(str, there))[:200]
+        raise InputError(f"columns: {config.dataset} has no column {absent[0]}, only: {names}")
+
+
 def _say_what_is_odd(pairs, encoder, records):
     """Say loudly what a set or a template has that its owner may not know of."""
+    both_ways = _count_both_ways(pairs["train"])
+    if both_ways:
+        say(f"!!! {both_ways} train pairs stand in the set the other way round too; used as is !!!")
     for split, part in pairs.items():
         turned = sum(pair.reversed for pair in part)
         if turned:
             count = f"{turned} of {len(part)} {split} pairs"
             say(f"!!! {count} score the rejected answer above the chosen one; used as they are !!!")
-    messages, chosen, *_ = to_messages(records[pairs["train"][0].index])
-    warning = compare_template(encoder, messages, chosen)
+    first = read_preference(records[pairs["train"][0].index], encoder.columns)
+    warning = compare_template(encoder, first.messages, first.chosen)
     if warning:
         say(f"!!! {warning} !!!")
+
+
+def _count_both_ways(pairs):
+    """How many pairs have a twin whose chosen answer is their rejected one, and the reverse."""
+    seen = {(pair.prompt, tuple(pair.chosen_ids), tuple(pair.rejected_ids)) for pair in pairs}
+    turned = 0
+    for prompt, chosen, rejected in seen:
+        turned += (prompt, rejected, chosen) in seen
+    return turned
 
 
 def _evaluation_records(config, records, order):
@@ -158,7 +167,7 @@ def _evaluation_records(config, records, order):
     return records, order[::-1], min(config.eval_pairs, a_fifth)
 
 
-def _no_usable_pair(source, records, drops):
+def _no_usable_pair(source, records, drops, columns):
     """The error for a set of which no record is left, with the reasons and what would be right."""
     lines = [f"dataset {source}: no usable pair in {drops.total()} records."]
     for reason, number in drops.most_common(10):
@@ -167,9 +176,9 @@ def _no_usable_pair(source, records, drops):
         lines.append("All are held out for evaluation: set eval_pairs=0, or give more records")
     for index in range(len(records)):
         try:
-            to_messages(records[index])
+            read_preference(records[index], columns)
         except Drop as reason:
-            lines += [f"Record {index}: {reason}", *_beginnings(records[index]), ACCEPTED_COLUMNS]
+            lines += [f"Record {index}: {reason}", *_beginnings(records[index]), accepted_columns()]
             break
     return InputError("\n".join(lines))
 
@@ -244,140 +253,6 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     return list(islice(usable(), wanted or None))
 
 
-def to_messages(record):
-    """One record as (messages of the prompt, chosen, rejected, scores).
-
-    returns  list of {"role", "content"} that ends with the user's turn, two strings, and the pair
-             of scores or None
-    raises   Drop with the reason if the record is of none of the SHAPES (see ACCEPTED_COLUMNS)
-    """
-    drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
-    dialogues = _dialogues(record)
-    for column, dialogue in dialogues.items():
-        ended = len(dialogue) > 1 and dialogue[-1]["role"] == "assistant"
-        drop_if(
-            not ended, f"malformed: no prompt before {column}, or no assistant's turn at its end"
-        )
-    (*messages, chosen), (*others, rejected) = dialogues.values()
-    same = messages == others
-    drop_if(not same, f"malformed: {' and '.join(dialogues)} differ before the last answer")
-    asked = messages[-1]["role"] == "user" and messages[-1]["content"].strip()
-    drop_if(not asked, "malformed: the prompt does not end with a user's turn")
-    return messages, chosen["content"], rejected["content"], _scores(record)
-
-
-def _dialogues(record):
-    """The dialogues of a record's answer columns, {column: turns}, by the first shape that fits."""
-    for columns in ANSWERS:
-        if record.keys() >= set(columns):
-            break
-    else:
-        raise Drop(f"unknown columns: {sorted(map(str, record))}"[:200])
-    asked = _first_filled(record, PROMPTS)
-    filled = [column for column in ("system", asked) if record.get(column)]
-    for column in [*filled, *columns]:
-        fault = f"malformed: {column} is neither text nor a list of {{role, content}}"
-        drop_if(not _is_dialogue(record[column]), fault)
-        if isinstance(record[column], str):
-            as_text = LIST_AS_TEXT.match(record[column])
-            drop_if(as_text, f"malformed: {column} is a list that is stored as text")
-    system = _turns(record.get("system") or [], "system")
-    answers = [record[column] for column in columns]
-    for shape in SHAPES:
-        dialogues = shape(system, record.get(asked), answers)
-        if dialogues is not None:
-            return dict(zip(columns, dialogues, strict=True))
-
-
-def answers_to_a_prompt(system, prompt, answers):
-    """{"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}"""
-    if not prompt:
-        return None
-    asked = _turns(prompt, "user")
-    return [_join(system, asked, _turns(answer)) for answer in answers]
-
-
-def transcripts(system, prompt, answers):
-    r"""{"chosen": "\n\nHuman: Name a fruit.\n\nAssistant: An apple.", "rejected": ...}"""
-    if not any(isinstance(answer, str) for answer in answers):
-        return None
-    dialogues = []
-    for answer in answers:
-        turns = _split_transcript(answer) if isinstance(answer, str) else _turns(answer)
-        dialogues.append(_join(system, [], turns))
-    return dialogues
-
-
-def whole_dialogues(system, prompt, answers):
-    """{"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}"""
-    return [_join(system, [], _turns(answer)) for answer in answers]
-
-
-SHAPES = (answers_to_a_prompt, transcripts, whole_dialogues)  # in this order; the last takes all
-
-
-def _first_filled(record, columns):
-    """The first of some columns that has a value, or None."""
-    for column in columns:
-        if record.get(column):
-            return column
-    return None
-
-
-def _is_dialogue(value):
-    """Whether a value is text, or a list of {role, content}."""
-    if isinstance(value, str):
-        return True
-    if not isinstance(value, list):
-        return False
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("content"), str):
-            return False
-        if turn.get("role") not in ("system", "user", "assistant"):
-            return False
-    return True
-
-
-def _turns(value, role="assistant"):
-    """Text as one turn of this role, or the turns of a list without what else stands in them."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-
-
-def _join(system, prompt, turns):
-    """A dialogue: an answer's turns, after what of system message and prompt is not in them."""
-    if not turns or turns[0]["role"] == "system":
-        return turns
-    if turns[0]["role"] == "user":
-        return system + turns
-    return system + prompt + turns
-
-
-def _split_transcript(text):
-    """ "\n\nHuman: ...\n\nAssistant: ..." as a list of turns, empty if it is not one."""
-    start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    if start.strip():
-        return []
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = []
-    for speaker, said in zip(parts[::2], parts[1::2], strict=True):
-        turns.append({"role": roles[speaker], "content": said})
-    return turns
-
-
-def _scores(record):
-    """The pair's scores as two floats, or None."""
-    for pattern in SCORES:
-        chosen = pattern.format("chosen")
-        rejected = pattern.format("rejected")
-        try:
-            return float(record[chosen]), float(record[rejected])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            continue  # no such columns, or no numbers in them
-    return None
-
-
 class PairEncoder:
     """Encodes records with a model's own chat template.
 
@@ -385,15 +260,19 @@ class PairEncoder:
     max_length         tokens of prompt + answer, at most
     max_prompt_length  tokens of the prompt, at most
     keep_ties          whether pairs of equal score are kept
+    columns            the setting of that name, {meaning: column}, or None
     end_of_turn        (attribute) id of the token that ends an answer
     raises             InputError if the tokenizer has no token that could end an answer, or a
                        chat template that fails on a plain question and answer
     """
 
-    def __init__(self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False):
+    def __init__(
+        self, tokenizer, max_length=1024, max_prompt_length=512, keep_ties=False, columns=None
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.keep_ties = keep_ties
+        self.columns = columns
         control = {}
         for token_id, token in tokenizer.added_tokens_decoder.items():
             if token.special:
@@ -442,13 +321,14 @@ class PairEncoder:
 
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
-        messages, chosen, rejected, scores = to_messages(record)
-        self._check(messages, chosen, rejected, scores)
+        preference = read_preference(record, self.columns)
+        self._check(preference)
+        tools = {"tools": preference.tools} if preference.tools else {}
         try:
-            rendered = self.render(messages, add_generation_prompt=True)
+            rendered = self.render(preference.messages, add_generation_prompt=True, **tools)
             prompt_ids = self.bos + self._ids(rendered)
-            chosen_ids = [*self._ids(chosen), self.end_of_turn]
-            rejected_ids = [*self._ids(rejected), self.end_of_turn]
+            chosen_ids = [*self._ids(preference.chosen), self.end_of_turn]
+            rejected_ids = [*self._ids(preference.rejected), self.end_of_turn]
         except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
 
@@ -461,21 +341,28 @@ class PairEncoder:
         chosen_ids = chosen_ids[:room]
         rejected_ids = rejected_ids[:room]
         drop_if(chosen_ids == rejected_ids, "same text once cut")
+        scores = preference.scores
         is_reversed = scores is not None and scores[0] < scores[1]
-        prompt = json.dumps(messages)
+        prompt = json.dumps(preference.messages)
         return Pair(index, kept, chosen_ids, rejected_ids, prompt, cut, is_reversed)
 
-    def _check(self, messages, chosen, rejected, scores):
+    def _check(self, preference):
         """Drop what is no preference, no text, or spells a control token of the model."""
-        texts = [message["content"] for message in messages] + [chosen, rejected]
+        chosen, rejected, scores = preference.chosen, preference.rejected, preference.scores
+        texts = [message["content"] for message in preference.messages] + [chosen, rejected]
         for text in texts:
-            drop_if(self.control.search(text), "spells a control token")
+            found = self.control.search(text)
+            drop_if(found, f"spells the control token {found and found[0]}: plain text is wanted")
         drop_if(chosen == rejected, "same text")
         drop_if(not chosen.strip() or not rejected.strip(), "empty answer")
         tie = scores is not None and scores[0] == scores[1]
         drop_if(tie and not self.keep_ties, "tie in score")
         for text in texts:
             drop_if(re.search("[\ud800-\udfff]", text), "malformed: not Unicode text")
+        uses_tools = preference.tools or any(m["role"] == "tool" for m in preference.messages)
+        uses_tools = uses_tools or any("tool_calls" in m for m in preference.messages)
+        renders_tools = "tool" in str(self.tokenizer.chat_template)
+        drop_if(uses_tools and not renders_tools, "tools, which the chat template does not render")
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from support.errors import InputError
 from support.processes import say
+from support.shapes import check_mapping
 
 CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
 OTHER_NAMES = Path(__file__).parent / "other_names.yaml"  # other trainers' settings
@@ -87,6 +88,7 @@ class Config:
     train_pairs: int = Field(500, ge=0)
     eval_pairs: int = Field(100, ge=0)
     shuffle: bool = True
+    columns: dict[str, str | int] | None = None
     keep_ties: bool = False
     seed: int = Field(42, ge=0, lt=2**32)
     max_length: int = Field(1024, ge=2)
@@ -201,6 +203,8 @@ def _check(settings):
         config = Config(**settings)
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0])) from error
+    if config.columns is not None:
+        check_mapping(config.columns)
     if config.label_smoothing and config.loss != "sigmoid":
         raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
     return config

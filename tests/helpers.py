@@ -208,6 +208,7 @@ def data_config(dataset, **changes):
         "max_length": 1024,
         "max_prompt_length": 512,
         "keep_ties": False,
+        "columns": None,
         "offline": {},
     }
     return SimpleNamespace(**{**settings, **changes})

@@ -164,7 +164,7 @@ DOCUMENTS = SETTINGS.map(yaml.safe_dump) | st.text(max_size=30)
 def is_of_its_kind(name, value):
     """Whether a setting's value has the type that Config gives it."""
     kind = typing.get_type_hints(Config)[name]
-    if name == "offline":
+    if name in ("offline", "columns"):
         return isinstance(value, dict | None)
     if typing.get_origin(kind) is typing.Literal:
         return isinstance(value, str)

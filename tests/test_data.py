@@ -14,7 +14,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Drop, Pair
+from data import Pair
 from helpers import (
     CHATML,
     DANUBE,
@@ -32,8 +32,11 @@ from helpers import (
     write_jsonl,
 )
 from support.errors import InputError
+from support.shapes import read_preference
 from support.sources import MissingSplit, read_records
+from support.turns import Drop
 
+SPELLS = "spells the control token {}: plain text is wanted"
 WRITES_BOS = "<s>" + CHATML
 
 
@@ -45,6 +48,11 @@ def reason(value, **options):
     with pytest.raises(Drop) as drop:
         encoder(**options).encode(value)
     return str(drop.value)
+
+
+def prompt_and_answers(value):
+    preference = read_preference(value)
+    return preference.messages, preference.chosen, preference.rejected
 
 
 # The table of shapes: each makes a record of messages, two answers and their two scores.
@@ -124,7 +132,7 @@ def assert_right_pair(shape, messages, scores=(8.0, 5.5)):
     assert text(pair.chosen_ids) == "The good one.<|im_end|>"
     assert text(pair.rejected_ids) == "A bad one.<|im_end|>"
     assert (pair.index, pair.cut) == (7, False)
-    assert data.to_messages(made)[3] == (scores if shape in WITH_SCORES else None)
+    assert read_preference(made).scores == (scores if shape in WITH_SCORES else None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -151,21 +159,23 @@ def test_a_tie_is_found_by_the_score_columns_of_its_shape(shape):
 
 def test_a_system_column_is_kept_beside_whole_dialogues():
     made = SHAPES["trl-lib"]([user("Q")], "a", "b", (2, 1)) | {"system": "Be brief."}
-    assert data.to_messages(made)[0] == [system("Be brief."), user("Q")]
+    assert read_preference(made).messages == [system("Be brief."), user("Q")]
     made = SHAPES["trl-lib"]([system("S"), user("Q")], "a", "b", (2, 1)) | {"system": "S"}
-    assert data.to_messages(made)[0] == [system("S"), user("Q")]
+    assert read_preference(made).messages == [system("S"), user("Q")]
 
 
 def test_answers_of_several_turns_go_on_from_the_prompt():
     later = [assistant("one"), user("more")]
     made = record([user("Q")], [*later, assistant("good")], [*later, assistant("bad")])
-    assert data.to_messages(made)[:3] == ([user("Q"), *later], "good", "bad")
+    assert prompt_and_answers(made) == ([user("Q"), *later], "good", "bad")
 
 
 @pytest.mark.parametrize("write", [json.dumps, repr], ids=["as JSON", "as Python"])
 def test_a_list_that_a_column_stores_as_text_is_not_trained_on_literally(write):
     made = record(chosen=write([assistant("good")]), rejected=write([assistant("bad")]))
-    assert reason(made) == "malformed: chosen is a list that is stored as text"
+    assert prompt_and_answers(made)[1:] == ("good", "bad")
+    cut = record(chosen=write([assistant("good")])[:-3])
+    assert reason(cut) == "malformed: chosen is a list stored as text that cannot be read"
     assert encoder().encode(record(chosen="[{'x': 1}] is Python", rejected="[1]"))
 
 
@@ -179,7 +189,7 @@ def test_an_hh_dialogue_keeps_the_space_and_lines_of_its_text():
         "chosen": "\n\nHuman: a\n\nb \n\nAssistant:  two spaces\n",
         "rejected": "\n\nHuman: a\n\nb \n\nAssistant:",
     }
-    assert data.to_messages(made)[:3] == ([user("a\n\nb ")], " two spaces\n", "")
+    assert prompt_and_answers(made) == ([user("a\n\nb ")], " two spaces\n", "")
 
 
 NEITHER = "malformed: {} is neither text nor a list of {{role, content}}"
@@ -200,7 +210,10 @@ UNASKED = "malformed: no prompt before {}, or no assistant's turn at its end"
         (record(5, "a", "b", system="S"), NEITHER.format("prompt")),
         (record(system=5), NEITHER.format("system")),
         (record({"role": "user"}), NEITHER.format("prompt")),
-        (record([{"role": "tool", "content": "x"}]), NEITHER.format("prompt")),
+        (
+            record([{"role": "tool", "content": "x"}]),
+            "malformed: the prompt does not end with a user's turn",
+        ),
         (record([{"role": "user"}]), NEITHER.format("prompt")),
         (record([user(["x"])]), NEITHER.format("prompt")),
         (record([[user("x")]]), NEITHER.format("prompt")),
@@ -219,10 +232,10 @@ UNASKED = "malformed: no prompt before {}, or no assistant's turn at its end"
         (record("Q", "same", "same"), "same text"),
         (record("Q", "a", ""), "empty answer"),
         (record("Q", " \n", "b"), "empty answer"),
-        (record("Q", "a<|im_end|>", "b"), "spells a control token"),
-        (record("Q", "a", "<|im_start|>"), "spells a control token"),
-        (record("Q</s>"), "spells a control token"),
-        (record([system("<pad>"), user("Q")]), "spells a control token"),
+        (record("Q", "a<|im_end|>", "b"), SPELLS.format("<|im_end|>")),
+        (record("Q", "a", "<|im_start|>"), SPELLS.format("<|im_start|>")),
+        (record("Q</s>"), SPELLS.format("</s>")),
+        (record([system("<pad>"), user("Q")]), SPELLS.format("<pad>")),
         (record("Q", "a\ud800", "b"), "malformed: not Unicode text"),
         (record("Q\udfff"), "malformed: not Unicode text"),
     ],
@@ -499,7 +512,7 @@ def test_no_usable_pair_is_an_error_with_the_counts_by_reason(tmp_path):
     assert f"dataset {path}: no usable pair in 4 records" in message
     assert re.search(r"3  unknown columns: \['mark', 'text'\]", message)
     assert re.search(r"1  same text", message)
-    assert "instruction, chosen_response, rejected_response" in message
+    assert "chosen_response, rejected_response are chosen" in message
     assert '"\\n\\nHuman: ...' in message
     good = write_jsonl(tmp_path / "b.jsonl", many(3))
     with pytest.raises(InputError, match="a.jsonl: no usable pair in 4 records"):
