@@ -16,6 +16,8 @@ ANSWERS = (
     ("chosen_response", "rejected_response"),
     ("preferred_output", "non_preferred_output"),
     ("response_j", "response_k"),
+    ("response_chosen", "response_rejected"),
+    ("accepted", "rejected"),
 )
 BY_SIGN = {-3: 0, -2: 0, -1: 0, 1: 1, 2: 1, 3: 1}  # negative: the first is better
 LABELLED = (  # two answers, the label, and which answer its values name
@@ -28,11 +30,18 @@ LABELLED = (  # two answers, the label, and which answer its values name
 )
 TIES = {0, "tie", "tie (bothbad)", "both_bad"}
 RANKED = (("completions", "response"), ("answers", "answer"))
-SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating")  # of chosen, rejected
+SCORES = (
+    "score_{}",
+    "{}_score",
+    "{}_avg_rating",
+    "{}_rating",
+    "{}-rating",
+    "rating_{}",
+)  # of chosen, rejected
 SYSTEMS = ("system", "system_prompt")
 CHANGES_THE_PROMPT = (
     *("prompt", "instruction", "question", "input", "context", "history", *SYSTEMS),
-    *("tools", "tool_calls", "images", "image", "videos", "audios"),
+    *("tools", "functions", "tool_calls", "documents", "image", "images", "videos", "audios"),
 )
 MAPPED = ("prompt", "chosen", "rejected", "system", "score_chosen", "score_rejected")
 MAPPED_LABEL = ("a", "b", "winner", "a_if", "b_if")
