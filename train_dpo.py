@@ -287,11 +287,16 @@ def evaluate(setup, config, logps=None):
 
 
 def learning_rate(step, total, config):
-    """The rate of optimizer step `step` (from 0): linear warmup, then a cosine to 0 at `total`."""
+    """The rate of optimizer step `step` (from 0): linear warmup, then lr_schedule until `total`."""
     warmup = round(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    if config.lr_schedule == "constant":
+        return config.lr
+    done = (step - warmup) / (total - warmup)
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def make_optimizer(weights, config):

@@ -27,6 +27,7 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "label_smoothing",
     "epochs",
     "lr",
+    "lr_schedule",
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
@@ -99,6 +100,7 @@ class Config:
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(2, ge=1)
     lr: float = Field(1e-7, ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0, le=1e3)
     max_grad_norm: float = Field(1.0, ge=0)

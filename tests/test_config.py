@@ -286,7 +286,7 @@ def names_of_ours(hint):
         ("logging_steps=1", "metrics.jsonl has every step"),
         ("ref_model=m", "the reference is the model before its first step"),
         ("optim=adamw", "the optimizer is always AdamW"),
-        ("lr_scheduler_type=linear", "the rate always falls as a cosine to 0"),
+        ("lr_scheduler_type=linear", "here it is lr_schedule"),
         ("per_device_eval_batch_size=8", "batch_size holds for evaluation too"),
         ("Learning_Rate=1", "here it is lr"),
     ],

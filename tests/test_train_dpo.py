@@ -393,6 +393,30 @@ def test_the_rate_ends_at_zero_and_warms_up_from_near_it():
     assert all(0 < train_dpo.learning_rate(step, 3, only_warm) <= 1 for step in range(3))
 
 
+def test_linear_and_constant_rates_come_after_the_same_warmup():
+    warm = {"lr": 1.0, "warmup_ratio": 0.2}
+    cosine, linear, constant = [
+        [
+            train_dpo.learning_rate(step, 100, Config(**warm, lr_schedule=name))
+            for step in range(101)
+        ]
+        for name in ("cosine", "linear", "constant")
+    ]
+    assert cosine[:21] == linear[:21] == constant[:21]
+    assert linear[20:] == pytest.approx([1 - k / 80 for k in range(81)]) and linear[100] == 0
+    assert constant[20:] == [1.0] * 81
+    unfit = Config(**{**warm, "warmup_ratio": 0}, lr_schedule="linear")
+    assert train_dpo.learning_rate(0, 100, unfit) == 1
+
+
+def test_a_run_follows_its_schedule_and_a_sweep_of_schedules_shares_one_setup(dpo, setups):
+    assert dpo(lr=2e-4, lr_schedule=["linear", "constant"], output_dir="s/{lr_schedule}") == 0
+    linear, constant = read_metrics("s/linear", "train"), read_metrics("s/constant", "train")
+    assert [row["lr"] for row in linear] == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
+    assert [row["lr"] for row in constant] == [2e-4] * 3
+    assert setups[0] is setups[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_weight_decay_spares_norms_and_biases_and_nothing_else(family):
     weights = dict(build_model(family).named_parameters())
