@@ -1,6 +1,6 @@
 """Direct Preference Optimization as pure functions of tensors (Rafailov et al., arXiv 2305.18290).
 
-hidden states -> token_logps -> sequence_logps -> dpo_loss -> pair_metrics -> summarize
+hidden states -> token_logps -> sequence_logps -> score (dpo_loss, pair_metrics) -> summarize
 
 Where each equation of the paper is:
     log pi(y|x), the sum over the answer's tokens      sequence_logps
@@ -82,11 +82,8 @@ def _logits(hidden, weight):
     return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def sequence_logps(logps, lengths, average=False):
+def sequence_logps(logps, lengths):
     """log pi(y|x) of each answer in nats: the sum of its tokens' log-probabilities.
-
-    The paper's log pi(y|x) is the sum. average=True divides it by the answer's number of tokens
-    (a variant that several repositories use; it weighs short answers' tokens more).
 
     logps    (n,) float: token log-probabilities of the answers, one answer after the other
     lengths  list of int that add up to n, each at least 1
@@ -95,7 +92,7 @@ def sequence_logps(logps, lengths, average=False):
     """
     answers = []
     for answer in logps.split(lengths):
-        answers.append(answer.mean() if average else answer.sum())
+        answers.append(answer.sum())
     return torch.stack(answers)
 
 
@@ -115,12 +112,14 @@ def dpo_loss(
                  chance that a label is flipped:
                  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     conservative DPO,
                  E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO", eq. 3
-        ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17
+        ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17, whose tau is beta. There
+                 log pi(y|x) is a whole answer's, a sum; what its authors ran, as TRL reports of
+                 them, and score runs, is averages over an answer's tokens
         hinge    max(0, 1 - beta h)       the hinge-norm loss of RSO, arXiv 2309.06657, eq. 10;
                  SLiC's loss (arXiv 2305.10425) on normalised log-probabilities
 
-    policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps); no gradient is needed
-                           through the reference's
+    policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps), or an average a token;
+                           no gradient is needed through the reference's
     beta                   float > 0: how strongly the policy is held to the reference
     label_smoothing        float in [0, 0.5), for sigmoid only
     returns                losses, chosen_rewards, rejected_rewards: each (n,), not averaged. The
@@ -167,6 +166,29 @@ def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejecte
         "logps/chosen": chosen_logps.detach(),
         "logps/rejected": rejected_logps.detach(),
     }
+
+
+def score(logps, reference, lengths, config):
+    """The loss of each pair, with gradient, and its figures, without.
+
+    With length_normalize, and for loss ipo always, both are those of averages a token.
+
+    logps, reference  (n, 2) float: log pi(y|x) of chosen and rejected answers, in nats
+    lengths           (n, 2) how many tokens these answers have
+    config            a run's settings
+    returns           (n,) losses; dict of (n,) vectors as from pair_metrics
+    """
+    if config.length_normalize or config.loss == "ipo":
+        logps = logps / lengths
+        reference = reference / lengths
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        *logps.unbind(1),
+        *reference.unbind(1),
+        beta=config.beta,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+    )
+    return losses, pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
 
 
 def summarize(metrics, intervals=False):

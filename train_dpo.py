@@ -35,7 +35,7 @@ import transformers
 from torch import nn
 
 import data
-from dpo_loss import dpo_loss, pair_metrics, sequence_logps, summarize, token_logps
+from dpo_loss import score, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report, sweep
 from support.cache import read_or_compute
 from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
@@ -68,6 +68,7 @@ class Setup:
     origin: dict[str, str]  # sha256 of the model before training, without adapter, and of the pairs
     pairs: dict[str, list[data.Pair]]
     drops: dict[str, Counter]  # how many records were dropped, by reason
+    lengths: dict[str, torch.Tensor]  # (pairs, 2) how many tokens both answers have
     steps: dict[str, list[list[data.Row]]]  # the rows of pairs of each optimizer step
     end_of_turn: int  # id of the token that ends an answer
     samples: list[data.Pair]  # those whose prompts the report shows answers to
@@ -231,12 +232,13 @@ def train_step(setup, config, rows, optimizer, lr):
     """
     indices = [index for row in rows for index in row.pairs]
     reference = setup.reference["train"]
+    lengths = setup.lengths["train"]
     logps = torch.zeros(len(indices), 2, device=config.device)
     setup.model.train()
     for row, share in processes.share_rows(rows):
-        row_logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
+        row_logps = sequence_logps(setup.policy(row), row.lengths)
         row_logps = row_logps.view(-1, 2)  # chosen, rejected
-        losses, _ = score(row_logps, reference[row.pairs], config)
+        losses, _ = score(row_logps, reference[row.pairs], lengths[row.pairs], config)
         # the mean over the step's pairs; FSDP2 averages gradients over processes
         (losses.sum() * (share * processes.WORLD / len(indices))).backward()
         places = [indices.index(index) for index in row.pairs]
@@ -244,7 +246,8 @@ def train_step(setup, config, rows, optimizer, lr):
     setup.model.eval()  # train mode is for activation checkpointing and lora_dropout alone
 
     norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf)
-    _, metrics = score(processes.sum_over_processes(logps), reference[indices], config)
+    logps = processes.sum_over_processes(logps)
+    _, metrics = score(logps, reference[indices], lengths[indices], config)
     figures = summarize(metrics)
     figures["grad_norm"] = processes.whole(norm).item()
     figures["lr"] = lr
@@ -262,27 +265,11 @@ def train_step(setup, config, rows, optimizer, lr):
     return figures
 
 
-def score(logps, reference, config):
-    """The loss of each pair, with gradient, and its figures, without.
-
-    logps, reference  (n, 2) log pi(y|x) of chosen and rejected answers, in nats
-    returns           (n,) losses; dict of (n,) vectors as from pair_metrics
-    """
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        *logps.unbind(1),
-        *reference.unbind(1),
-        beta=config.beta,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
-    )
-    return losses, pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
-
-
 def evaluate(setup, config, logps=None):
     """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
     if logps is None:
         logps = compute_logps(setup, "eval", config, "evaluation")
-    _, metrics = score(logps, setup.reference["eval"], config)
+    _, metrics = score(logps, setup.reference["eval"], setup.lengths["eval"], config)
     return summarize(metrics, intervals=True)
 
 
@@ -426,7 +413,7 @@ def compute_logps(setup, split, config, title):
     with processes.progress(f"{title}, {split}", len(logps)) as bar:
         for row, share in processes.share_rows(setup.rows[split]):
             tokens = torch.func.functional_call(setup.policy, float32_weights, (row,))
-            answers = sequence_logps(tokens, row.lengths, config.length_normalize)
+            answers = sequence_logps(tokens, row.lengths)
             logps[row.pairs] += share * answers.view(-1, 2).float()
             bar.update(len(row.pairs) * processes.WORLD)
     return processes.sum_over_processes(logps)
@@ -458,7 +445,6 @@ def reference_logps(setup, config):
         "adapter": config.lora_r > 0,
         "shared prompts": setup.policy.shared,
         "attention": setup.policy.native_attention,
-        "length_normalize": config.length_normalize,
         "rows": rows,
     }
     title = "Reference log-probabilities"
@@ -492,6 +478,7 @@ def prepare(config, dry=False):
         origin=origin,
         pairs=pairs,
         drops=drops,
+        lengths=answer_lengths(pairs, config.device),
         steps=lay_out(pairs, config),
         end_of_turn=data.PairEncoder(tokenizer).end_of_turn,
         samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts],
@@ -504,6 +491,15 @@ def prepare(config, dry=False):
         setup.reference_seconds = time.time() - began
         setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
     return setup
+
+
+def answer_lengths(pairs, device):
+    """By split: (pairs, 2) int64, how many tokens the chosen and the rejected answers have."""
+    lengths = {}
+    for split, part in pairs.items():
+        numbers = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in part]
+        lengths[split] = torch.tensor(numbers, dtype=torch.int64, device=device).view(-1, 2)
+    return lengths
 
 
 def lay_out(pairs, config):

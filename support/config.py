@@ -25,6 +25,7 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "loss",
     "beta",
     "label_smoothing",
+    "length_normalize",
     "epochs",
     "lr",
     "lr_schedule",

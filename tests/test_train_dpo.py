@@ -181,7 +181,8 @@ def test_log_probabilities_of_a_run_are_those_of_brute_force(ready, pairs_file):
 
 def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     logps, reference = torch.tensor([[-1.0, -5.0], [-2.0, -2.0], [-9.0, -1.0]]), torch.zeros(3, 2)
-    losses, metrics = train_dpo.score(logps, reference, Config(beta=0.5))
+    lengths = torch.tensor([[2, 4], [1, 1], [5, 3]])
+    losses, metrics = train_dpo.score(logps, reference, lengths, Config(beta=0.5))
     expected, chosen, rejected = dpo_loss(*logps.T, *reference.T, 0.5)
     torch.testing.assert_close(losses, expected)
     means = summarize(metrics)
@@ -193,6 +194,38 @@ def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     halves = summarize(metrics, intervals=True)
     wilson = 1.96 / (2 * math.sqrt(3 + 1.96**2))  # of three pairs and one half
     assert halves["rewards/accuracies/ci95"] == pytest.approx(wilson, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "ipo"}, {"loss": "ipo", "length_normalize": True}, {"length_normalize": True}],
+    ids=str,
+)
+def test_ipo_always_averages_over_tokens_and_the_others_with_length_normalize(changes):
+    logps = torch.tensor([[-6.0, -8.0], [-3.0, -9.0]], requires_grad=True)
+    reference, lengths = torch.tensor([[-5.0, -9.0], [-4.0, -6.0]]), torch.tensor([[2, 4], [1, 3]])
+    losses, metrics = train_dpo.score(logps, reference, lengths, Config(beta=0.5, **changes))
+    h = torch.tensor([-1 / 2 - 1 / 4, 1 / 1 + 3 / 3])
+    expected = (h - 1) ** 2 if changes.get("loss") == "ipo" else torch.log1p((-0.5 * h).exp())
+    torch.testing.assert_close(losses.detach(), expected)
+    torch.testing.assert_close(metrics["rewards/margins"], 0.5 * h)
+    torch.testing.assert_close(metrics["logps/chosen"], torch.tensor([-3.0, -3.0]))
+    losses.sum().backward()
+    torch.testing.assert_close(logps.grad[:, 0] * lengths[:, 0], -logps.grad[:, 1] * lengths[:, 1])
+
+
+def test_runs_that_sum_and_runs_that_average_share_one_reference(dpo, setups):
+    losses = {"loss": ["sigmoid", "ipo"], "output_dir": "s/{loss}_{length_normalize}"}
+    assert dpo(**losses, length_normalize=[False, True]) == 0
+    assert all(setup is setups[0] for setup in setups) and len(setups) == 4
+    assert dpo(length_normalize=True, output_dir="alone") == 0
+    assert weights_bytes("s/sigmoid_True") == weights_bytes("alone")
+    assert weights_bytes("s/ipo_True") == weights_bytes("s/ipo_False")
+    assert weights_bytes("s/sigmoid_False") != weights_bytes("alone")
+    assert read_metrics("s/sigmoid_True", "train")[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-7
+    )
+    assert read_metrics("s/ipo_False", "train")[0]["loss"] == pytest.approx(25, rel=1e-6)
 
 
 # Agreement with TRL
@@ -208,10 +241,12 @@ def row_logps(setup):
 
 
 @pytest.mark.skipif("TRL_REFERENCE" not in os.environ, reason="TRL_REFERENCE names no file")
-def test_sixteen_real_pairs_agree_with_trl(monkeypatch):
-    trl = json.loads(Path(os.environ["TRL_REFERENCE"]).read_text())
+@pytest.mark.parametrize("path", os.environ.get("TRL_REFERENCE", "").split(","))
+def test_sixteen_real_pairs_agree_with_trl(monkeypatch, path):
+    trl = json.loads(Path(path).read_text())
+    loss, *_ = trl["config"].get("loss_type", ["sigmoid"])
     quick = ["lr=5e-6", "dtype=float32", "device=cpu", "sample_prompts=0", "reference_cache=null"]
-    (config,), _ = read_config(CONFIG, quick)
+    (config,), _ = read_config(CONFIG, [*quick, f"loss={loss}"])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [Pair(i, *(pair[name] for name in names)) for i, pair in enumerate(trl["pairs"])]
     no_drops = {"train": Counter(), "eval": Counter()}
@@ -237,8 +272,10 @@ def test_sixteen_real_pairs_agree_with_trl(monkeypatch):
         figures = train_dpo.train_step(setup, config, group, optimizer, lr)
         compare("learning_rate", figures["lr"], expected["learning_rate"], 1e-9, relative=True)
         compare("grad_norm", figures["grad_norm"], expected["grad_norm"], 1e-3, relative=True)
-        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
-            compare(name, figures[name], expected[name], 1e-4 if name == "loss" else 1e-3)
+        compare("loss", figures["loss"], expected["loss"], 1e-4)
+        # of ipo, TRL's are sums and ours, as the loss, averages a token
+        for name in ("chosen", "rejected", "margins") if loss != "ipo" else ():
+            compare(name, figures[f"rewards/{name}"], expected[f"rewards/{name}"], 1e-3)
     compare_logps("trained_logps", row_logps(setup), 0.02)
     changes = [(w.detach() - first[n]).double().norm() for n, w in setup.weights.items()]
     change = torch.stack(changes).norm().item()
@@ -493,7 +530,6 @@ def test_a_second_run_reads_the_reference_from_the_cache(ready, dpo, passes):
         {"train_pairs": 5},
         {"seed": 7},
         {"batch_size": 2},
-        {"length_normalize": True},
         {"dtype": "bfloat16"},
         {"max_length": 60},
         {"split": "test_prefs", "eval_split": None},
@@ -507,8 +543,7 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
     assert len(passes) - before > CHECKED
     with torch.no_grad():
         row = setup.steps["train"][0][0]
-        average = changes.get("length_normalize", False)
-        logps = sequence_logps(setup.policy(row), row.lengths, average).view(-1, 2)
+        logps = sequence_logps(setup.policy(row), row.lengths).view(-1, 2)
     assert torch.equal(setup.reference["train"][row.pairs], logps)
 
 
