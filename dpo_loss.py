@@ -171,13 +171,16 @@ def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejecte
 def score(logps, reference, lengths, config):
     """The loss of each pair, with gradient, and its figures, without.
 
-    With length_normalize, and for loss ipo always, both are those of averages a token.
+    To dpo_loss comes nll_weight times the chosen answer's mean negative log-likelihood a token
+    (arXiv 2404.19733, eq. 1: a pair's own mean, so that a long answer counts as a short one). With
+    length_normalize, and for loss ipo always, dpo_loss and the figures are of averages a token.
 
     logps, reference  (n, 2) float: log pi(y|x) of chosen and rejected answers, in nats
     lengths           (n, 2) how many tokens these answers have
     config            a run's settings
-    returns           (n,) losses; dict of (n,) vectors as from pair_metrics
+    returns           (n,) losses; dict of (n,) vectors: pair_metrics' and nll/chosen, nats a token
     """
+    chosen_nll = -logps[:, 0] / lengths[:, 0]
     if config.length_normalize or config.loss == "ipo":
         logps = logps / lengths
         reference = reference / lengths
@@ -188,26 +191,33 @@ def score(logps, reference, lengths, config):
         loss=config.loss,
         label_smoothing=config.label_smoothing,
     )
-    return losses, pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
+    losses = losses + config.nll_weight * chosen_nll
+    metrics = pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
+    metrics["nll/chosen"] = chosen_nll.detach()
+    return losses, metrics
 
 
-def summarize(metrics, intervals=False):
-    """Means of the pairs' figures; with intervals also how many pairs, and name/ci95 of each.
+def summarize(metrics, before=None):
+    """Means of the pairs' figures; with those before training also how many pairs, and intervals.
 
-    A ci95 is half a 95 % interval's width: mean_half_width's, of the accuracy share_half_width's.
-    It is also that of the paired change since the start, when policy and reference were one and
-    every pair had the same loss, margin 0 and accuracy one half.
+    name/ci95 is half a 95 % interval's width: mean_half_width's, of accuracies share_half_width's.
+    It is also that of the paired change since the start of what was then the same for all pairs
+    (margin 0, accuracy one half, where policy and reference were one). Of what was not,
+    name/change_ci95 is half the width of the paired change's.
 
-    metrics  dict of (n,) vectors, from pair_metrics
-    returns  dict of float; a ci95 of a single pair's mean is nan
+    metrics, before  dict of (n,) vectors, from score
+    returns          dict of float; a ci95 of a single pair's mean is nan
     """
     table = torch.stack(list(metrics.values()), dim=1).cpu().double()
     figures = dict(zip(metrics, table.mean(0).tolist(), strict=True))
-    if intervals:
+    if before is not None:
         figures["pairs"] = len(table)
         for name, values in zip(metrics, table.unbind(1), strict=True):
             half_width = share_half_width if name == "rewards/accuracies" else mean_half_width
             figures[f"{name}/ci95"] = half_width(values)
+            earlier = before[name].cpu().double()
+            if not (earlier == earlier[0]).all():
+                figures[f"{name}/change_ci95"] = mean_half_width(values - earlier)
     return figures
 
 

@@ -39,7 +39,7 @@ from dpo_loss import score, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report, sweep
 from support.cache import read_or_compute
 from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
-from support.checks import check_model
+from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
@@ -74,6 +74,7 @@ class Setup:
     samples: list[data.Pair]  # those whose prompts the report shows answers to
     peak_share: float  # of the machine's peak, that one trained token a second takes (MFU)
     reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) log-probabilities in nats
+    start: torch.Tensor | None = None  # the policy's own of "eval" before its first step
     reference_seconds: float = 0.0  # how long they took
     answers: list[str] | None = None  # the reference's, to the samples' prompts
 
@@ -163,13 +164,12 @@ def train(setup, config, folder):
     # the policy computes with what was loaded, or with where this run of a sweep begins
     round_weights(setup.policy, setup.weights)
     skipped_in_a_row = 0
+    tell_first_loss(config)
 
     with RunLog(folder, config, order, done, setup.reference_seconds, setup.peak_share) as log:
         # a kill may have come between a checkpoint and the evaluation after it
         if evaluation_due(setup, config, done, total) and done not in log.evaluated:
-            # before its first step the policy is the reference
-            logps = None if done else setup.reference["eval"]
-            log.log_evaluation(done, evaluate(setup, config, logps))
+            log.log_evaluation(done, evaluate(setup, config, None if done else setup.start))
         for step, rows in enumerate(order[done:], done + 1):
             lr = learning_rate(step - 1, total, config)
             # lora_dropout draws from a generator seeded by the step, so there is no state to save
@@ -269,8 +269,10 @@ def evaluate(setup, config, logps=None):
     """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
     if logps is None:
         logps = compute_logps(setup, "eval", config, "evaluation")
-    _, metrics = score(logps, setup.reference["eval"], setup.lengths["eval"], config)
-    return summarize(metrics, intervals=True)
+    reference, lengths = setup.reference["eval"], setup.lengths["eval"]
+    _, before = score(setup.start, reference, lengths, config)
+    _, metrics = score(logps, reference, lengths, config)
+    return summarize(metrics, before)
 
 
 def learning_rate(step, total, config):
@@ -488,6 +490,7 @@ def prepare(config, dry=False):
     if not dry:
         began = time.time()
         setup.reference = reference_logps(setup, config)
+        setup.start = setup.reference["eval"]  # the policy is its own reference
         setup.reference_seconds = time.time() - began
         setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
     return setup

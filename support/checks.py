@@ -65,6 +65,15 @@ def check_causal(model, pair, tolerance=1e-4):
         )
 
 
+def tell_first_loss(config):
+    """Say so where the first loss is not the one by which a run is known as right."""
+    if config.nll_weight:
+        say(
+            "The first loss is not ln 2: nll_weight adds the chosen answers' negative "
+            "log-likelihood (nll/chosen)"
+        )
+
+
 def check_noise(policy, row):
     """Say so where train mode adds noise of the model's own, which the method has no use for."""
     with torch.no_grad():

@@ -26,6 +26,7 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "beta",
     "label_smoothing",
     "length_normalize",
+    "nll_weight",
     "epochs",
     "lr",
     "lr_schedule",
@@ -97,6 +98,7 @@ class Config:
     beta: float = Field(0.1, ge=1e-6, le=1e6)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     length_normalize: bool = False
+    nll_weight: float = Field(0.0, ge=0, le=1e3)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(2, ge=1)

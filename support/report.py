@@ -106,7 +106,7 @@ def draw_curves(folder):
             _draw_training(axis, name, color, trained, name in held_out)
             if name in held_out:
                 _draw_evaluation(axis, name, color, held_out)
-        if "loss" in names:
+        if "loss" in names and math.isclose(trained["loss"][0], math.log(2), abs_tol=1e-6):
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
         axis.set(title=", ".join(names), xlabel="optimizer step")
         axis.legend(fontsize=8)

@@ -13,7 +13,13 @@ from support.processes import is_first, say
 from support.run_log import read_rows
 
 BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
-SCALES = ["loss", "beta", "label_smoothing", "length_normalize"]  # what a loss is a loss of
+SCALES = [
+    "loss",
+    "beta",
+    "label_smoothing",
+    "length_normalize",
+    "nll_weight",
+]  # what a loss is a loss of
 LOSS = "held-out loss"  # for loss is a setting's name too
 FINISHED = "finished"
 DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other

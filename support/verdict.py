@@ -42,7 +42,9 @@ def find_changes(held_out):
     for name in COMPARED if held_out else []:
         before = _number(held_out[0][name])
         after = _number(held_out[-1][name])
-        half_width = _number(held_out[-1][f"{name}/ci95"])
+        last = held_out[-1]
+        own = last[f"{name}/ci95"]
+        half_width = _number(last.get(f"{name}/change_ci95", own))
         changes.append(Change(name, before, after, half_width))
     return changes
 

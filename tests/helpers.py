@@ -26,6 +26,7 @@ METRICS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "nll/chosen",
 )
 TIMED = ("seconds", "tokens_per_second", "peak_share")
 

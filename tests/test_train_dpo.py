@@ -191,7 +191,8 @@ def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     assert means["loss"] == pytest.approx(losses.mean().item())
     assert means["rewards/margins"] == pytest.approx((chosen - rejected).mean().item())
     assert means["logps/chosen"] == -4 and means["rewards/chosen"] == -2
-    halves = summarize(metrics, intervals=True)
+    assert means["nll/chosen"] == pytest.approx((1 / 2 + 2 / 1 + 9 / 5) / 3)
+    halves = summarize(metrics, before=metrics)
     wilson = 1.96 / (2 * math.sqrt(3 + 1.96**2))  # of three pairs and one half
     assert halves["rewards/accuracies/ci95"] == pytest.approx(wilson, abs=1e-4)
 
@@ -212,6 +213,36 @@ def test_ipo_always_averages_over_tokens_and_the_others_with_length_normalize(ch
     torch.testing.assert_close(metrics["logps/chosen"], torch.tensor([-3.0, -3.0]))
     losses.sum().backward()
     torch.testing.assert_close(logps.grad[:, 0] * lengths[:, 0], -logps.grad[:, 1] * lengths[:, 1])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_nll_weight_adds_the_chosen_answers_mean_negative_log_likelihood(loss):
+    logps = torch.tensor([[-6.0, -8.0], [-3.0, -9.0]], requires_grad=True)
+    reference, lengths = torch.tensor([[-5.0, -9.0], [-4.0, -6.0]]), torch.tensor([[2, 4], [1, 3]])
+    scored = []
+    for weight in (0.0, 0.5):
+        config = Config(loss=loss, nll_weight=weight)
+        losses, metrics = train_dpo.score(logps, reference, lengths, config)
+        (gradient,) = torch.autograd.grad(losses.sum(), logps)
+        scored.append((losses.detach(), gradient, metrics))
+    (plain, slope, figures), (weighted, with_nll, _) = scored
+    torch.testing.assert_close(weighted - plain, 0.5 * torch.tensor([6 / 2, 3 / 1]))
+    torch.testing.assert_close(with_nll - slope, -0.5 * torch.tensor([[1 / 2, 0.0], [1 / 1, 0.0]]))
+    assert figures["nll/chosen"].tolist() == [3, 3] and not figures["nll/chosen"].requires_grad
+
+
+def test_the_first_loss_with_nll_weight_is_ln_2_and_its_part_and_that_is_said(dpo, capsys):
+    assert dpo(nll_weight=[0.0, 0.2], output_dir="s/{nll_weight}") == 0
+    assert capsys.readouterr().out.count("The first loss is not ln 2: nll_weight") == 1
+    assert dpo(nll_weight=0.2) == 0
+    assert "The first loss is not ln 2: nll_weight" in capsys.readouterr().out
+    for split in ("train", "eval"):
+        first = read_metrics(split=split)[0]
+        assert first["loss"] == pytest.approx(math.log(2) + 0.2 * first["nll/chosen"], rel=1e-6)
+        assert first["rewards/margins"] == 0
+    assert weights_bytes() == weights_bytes("s/0.2") != weights_bytes("s/0.0")
+    last = read_metrics("s/0.2", "eval")[-1]
+    assert last["nll/chosen"] < read_metrics("s/0.0", "eval")[-1]["nll/chosen"]
 
 
 def test_runs_that_sum_and_runs_that_average_share_one_reference(dpo, setups):
@@ -245,8 +276,9 @@ def row_logps(setup):
 def test_sixteen_real_pairs_agree_with_trl(monkeypatch, path):
     trl = json.loads(Path(path).read_text())
     loss, *_ = trl["config"].get("loss_type", ["sigmoid"])
+    nll_weight = trl["config"].get("loss_weights", [0.0])[-1]
     quick = ["lr=5e-6", "dtype=float32", "device=cpu", "sample_prompts=0", "reference_cache=null"]
-    (config,), _ = read_config(CONFIG, [*quick, f"loss={loss}"])
+    (config,), _ = read_config(CONFIG, [*quick, f"loss={loss}", f"nll_weight={nll_weight}"])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [Pair(i, *(pair[name] for name in names)) for i, pair in enumerate(trl["pairs"])]
     no_drops = {"train": Counter(), "eval": Counter()}
