@@ -10,6 +10,7 @@ model       loading, adapters, float32, saving    verdict     what an evaluation
 template    a chat template against generation    sweep       a sweep's table and picture
 machine     device and dtype, speed, memory       dry_run     a pair as the model sees it, the cost
 checks      what is asked of model and pairs      sampler     answers that a model gives
+preference  which of its answers the reference prefers before training
 processes   torchrun's ranks, signals, printing   failures    what ends a run, what to do then
 files       files written whole or not at all     cache       tensors that runs share
 errors      InputError

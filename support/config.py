@@ -78,6 +78,7 @@ class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     revision: str | None = None
     trust_remote_code: bool = False
+    reference_model: str | None = None
     lora_r: int = Field(0, ge=0)
     lora_alpha: float = Field(16.0, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)

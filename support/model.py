@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -54,6 +55,37 @@ def load_model(config):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
     _disable_dropout(model)
     return model.eval(), tokenizer
+
+
+def load_reference(config, tokenizer):
+    """Load reference_model as load_model does, where its tokenizer is the policy's.
+
+    Its weights will be placed as the policy's, so that of the same model they are the same to the
+    last digit.
+
+    raises   InputError, with the first of the tokens whose ids differ
+    """
+    try:
+        other = replace(config, model=config.reference_model, revision=None)
+        model, its_tokenizer = load_model(other)
+    except InputError as error:
+        raise InputError(f"reference_model: {error}") from error
+    ids = tokenizer.get_vocab()
+    its_ids = its_tokenizer.get_vocab()
+    different = []
+    for token in sorted(ids.keys() | its_ids.keys()):
+        if ids.get(token) != its_ids.get(token):
+            different.append(token)
+    if different:
+        token = different[0]
+        raise InputError(
+            f"reference_model {config.reference_model}: its tokenizer is not that of model "
+            f"{config.model}: {len(different)} tokens differ, such as {token!r}, id "
+            f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
+            "of other texts: give a model with the same tokenizer, or null"
+        )
+    model.requires_grad_(config.lora_r == 0)
+    return model
 
 
 def _check_weights(found, name):

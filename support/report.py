@@ -87,6 +87,8 @@ def public_settings(config):
     """A run's settings with public names, and without those that mean something here alone."""
     settings = {n: value for n, value in asdict(config).items() if n not in PLACES}
     settings["model"] = public_name(config.model)
+    if config.reference_model:
+        settings["reference_model"] = public_name(config.reference_model)
     for name in ("dataset", "eval_dataset"):
         if settings[name]:
             parts = [public_name(n) + split for n, split in split_sources(settings[name])]
@@ -167,7 +169,7 @@ def write_report(folder, config, pairs, answers):
     """Draw curves.png and write report.md.
 
     pairs    lines on the pairs, from describe_pairs
-    answers  rows of (prompt, the reference's answer, the trained model's)
+    answers  rows of (prompt, the model's answer before training, and after)
     returns  the model card's text, and the end of the run in a few lines for the terminal
     """
     answers = list(answers)
@@ -177,13 +179,16 @@ def write_report(folder, config, pairs, answers):
     verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained)
     settings = public_settings(config)
+    against = ""
+    if config.reference_model:
+        against = f", against the reference {settings['reference_model']}"
     method = (
         f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
-        f"{settings['dataset']}; the base model's licence holds."
+        f"{settings['dataset']}{against}; the base model's licence holds."
     )
     facts = "\n".join([*pairs, speed])
     listed = yaml.safe_dump(settings, sort_keys=False)
-    table = markdown(["prompt", "reference", "trained"], answers)
+    table = markdown(["prompt", "before", "trained"], answers)
     details = f"```yaml\n{listed}```\n```\n{facts}\n```\n{table}\n"
     draw_curves(folder)
     report = f"{method}\n\n{evaluation}\n\n{verdict}\n\n{details}"

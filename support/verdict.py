@@ -93,7 +93,7 @@ def conclude(config, trained, held_out, answers):
     """What a run's figures mean and what to try next, in a few sentences.
 
     trained, held_out  rows of metrics.jsonl
-    answers            rows of (prompt, the reference's answer, the trained model's)
+    answers            rows of (prompt, the model's answer before training, and after)
     """
     skipped = sum("skipped" in row for row in trained)
     changes = find_changes(held_out)

@@ -284,7 +284,7 @@ def names_of_ours(hint):
         ("eval_steps=10", "here it is eval_every"),
         ("save_steps=10", "here it is save_every"),
         ("logging_steps=1", "metrics.jsonl has every step"),
-        ("ref_model=m", "the reference is the model before its first step"),
+        ("ref_model=m", "here it is reference_model"),
         ("optim=adamw", "the optimizer is always AdamW"),
         ("lr_scheduler_type=linear", "here it is lr_schedule"),
         ("per_device_eval_batch_size=8", "batch_size holds for evaluation too"),

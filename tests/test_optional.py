@@ -102,6 +102,17 @@ def test_the_reference_is_the_base_model_without_the_adapter(peft, ready, tiny_m
     torch.testing.assert_close(setup.reference["eval"].flatten(), sums, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_model_as_reference_model_is_null_under_an_adapter_too(
+    peft, ready, tiny_model, dtype
+):
+    null, _ = ready(**ADAPTER, dtype=dtype)
+    setup, config = ready(**ADAPTER, dtype=dtype, reference_model=tiny_model)
+    for split in ("train", "eval"):
+        assert torch.equal(null.reference[split], setup.reference[split])
+    assert train_all(setup, config)[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
 def test_lora_dropout_acts_in_training_and_not_in_evaluation(peft, ready):
     norms = {}
     for dropout in (0.0, 0.5):

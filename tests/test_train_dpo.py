@@ -1,17 +1,21 @@
 """The method: layouts of a row, log-probabilities, steps, schedule, the reference, and sweeps."""
 
 import copy
+import gc
 import json
 import math
 import os
 import re
+import shutil
+import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train_dpo
@@ -595,6 +599,110 @@ def test_the_cache_is_not_read_for_another_model_at_the_same_path(tmp_path, read
         before = len(passes)
         ready(model=model, reference_cache="cache")
         assert len(passes) - before > CHECKED
+
+
+# Another model as the reference
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """A model of another size whose tokenizer is the tiny model's, without a chat template."""
+    folder = tmp_path_factory.mktemp("other")
+    write_model(folder, "gpt2", seed=5, n_layer=1)
+    (folder / "chat_template.jinja").unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_itself_as_reference_model_is_null_to_the_last_digit(ready, tiny_model, dtype):
+    null, _ = ready(dtype=dtype)
+    same, config = ready(dtype=dtype, reference_model=tiny_model)
+    for split in ("train", "eval"):
+        assert torch.equal(null.reference[split], same.reference[split])
+    assert torch.equal(same.start, null.start)
+    optimizer = train_dpo.make_optimizer(same.weights, config)
+    figures = train_dpo.train_step(same, config, same.steps["train"][0], optimizer, config.lr)
+    assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_another_reference_is_that_models_own_log_probabilities(ready, other_model, tiny_model):
+    setup, _ = ready(reference_model=other_model)
+    for found, name in ((setup.reference["eval"], other_model), (setup.start, tiny_model)):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            tokens = plain_row_logps(model, setup.pairs["eval"])
+        expected = sequence_logps(tokens, setup.lengths["eval"].flatten().tolist()).view(-1, 2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_run_against_another_reference_says_so_from_its_first_loss_on(
+    dpo, setups, other_model, capsys
+):
+    settings = {"reference_model": other_model, "reference_cache": "cache", "beta": 0.5}
+    assert dpo(**settings) == 0
+    shown = capsys.readouterr().out
+    assert "The first loss is not ln 2: reference_model is not the policy" in shown
+    name = Path(other_model).name
+    for file in ("report.md", "model/README.md"):
+        assert f"against the reference {name}" in Path("out", file).read_text()
+        assert other_model not in Path("out", file).read_text()
+    before, after = read_metrics(split="eval")
+    h = setups[0].start - setups[0].reference["eval"]
+    margins = 0.5 * (h[:, 0] - h[:, 1])
+    assert before["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
+    loss = torch.nn.functional.softplus(-margins).mean().item()
+    assert before["loss"] == pytest.approx(loss, rel=1e-5) and abs(loss - math.log(2)) > 0.01
+    assert before["rewards/margins/change_ci95"] == 0 < after["rewards/margins/change_ci95"]
+    assert dpo(**settings, lr=1e-4, output_dir="b") == 0
+    assert capsys.readouterr().out.count("Reference log-probabilities: read from") == 2
+
+
+def test_the_other_model_is_freed_before_training(ready, other_model, monkeypatch):
+    loaded, load = [], train_dpo.load_reference
+
+    def watched(*given):
+        model = load(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train_dpo, "load_reference", watched)
+    setup, _ = ready(reference_model=other_model)
+    gc.collect()
+    assert loaded[0]() is None and setup.weights
+
+
+def test_another_reference_of_other_tokens_is_refused_with_the_first_of_them(
+    dpo, other_model, tmp_path, capsys
+):
+    tokenizer = AutoTokenizer.from_pretrained(other_model)
+    shutil.copytree(other_model, tmp_path / "more")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert dpo(reference_model="more") == 2
+    shown = capsys.readouterr().out
+    assert "Error: reference_model more: its tokenizer is not that of model" in shown
+    assert (
+        f"1 tokens differ, such as '<extra>', id {len(tokenizer) - 1} there and None here" in shown
+    )
+    assert dpo(reference_model="./nowhere") == 2
+    assert (
+        "Error: reference_model: model ./nowhere: no such file or folder" in capsys.readouterr().out
+    )
+
+
+def test_a_run_does_not_go_on_against_a_reference_that_changed(
+    dpo, other_model, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(other_model, tmp_path / "reference")
+    settings = {"reference_model": "reference", "save_every": 1, "reference_cache": "cache"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo, "finish", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            dpo(**settings)
+    write_model(tmp_path / "reference", "gpt2", seed=6, n_layer=1)
+    assert dpo(**settings) == 2
+    assert "the reference model changed since this run began" in capsys.readouterr().out
+    assert len(list(Path("cache").glob("*.safetensors"))) == 3  # the policy's, and two references
 
 
 # Whole runs and sweeps
