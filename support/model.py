@@ -5,15 +5,17 @@ import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from support.adapters import find_adapter, merge
 from support.errors import InputError
 from support.processes import WORLD, say
-from support.sources import announce_download, note_commit, open_source
+from support.sources import announce_download, bases_used, note_commit, open_source
 
 
 def load_model(config):
@@ -40,6 +42,14 @@ def load_model(config):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         on_the_hub = not os.path.exists(path)
+        adapter = find_adapter(config.model, path, options["revision"])
+        if adapter:
+            model, tokenizer = _load_merged(adapter, config)
+            if on_the_hub:
+                options["revision"] = note_commit(path, options["revision"], "adapter_config.json")
+            if adapter.has_tokenizer:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            return model, tokenizer
         if on_the_hub:
             announce_download(path, options["revision"])
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
@@ -55,6 +65,27 @@ def load_model(config):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
     _disable_dropout(model)
     return model.eval(), tokenizer
+
+
+def _load_merged(adapter, config):
+    """The base of an adapter with the adapter merged into it, and the base's tokenizer.
+
+    raises   InputError as load_model and merge do, or without peft
+    """
+    if not find_spec("peft"):
+        raise InputError(f"model {adapter.name} is an adapter, which needs peft: pip install peft")
+    try:
+        on = replace(config, model=adapter.base, revision=adapter.base_revision)
+        base, tokenizer = load_model(on)
+    except InputError as error:
+        raise InputError(
+            f"model {adapter.name} is an adapter on {adapter.base} (base_model_name_or_path in its "
+            f"adapter_config.json), which is not to be had: {error}"
+        ) from error
+    model = merge(base, adapter)
+    bases_used[adapter.name] = adapter.base
+    say(f"Model {adapter.name} is an adapter: merged into {adapter.base}")
+    return model, tokenizer
 
 
 def load_reference(config, tokenizer):
@@ -141,6 +172,7 @@ def add_adapter(model, config):
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        revision=config.revision,
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )

@@ -16,7 +16,7 @@ from support.files import write_atomically, write_text
 from support.machine import peak_memory
 from support.processes import is_first
 from support.run_log import read_rows
-from support.sources import package_file, revisions_used, stand_ins_used
+from support.sources import bases_used, package_file, revisions_used, stand_ins_used
 from support.verdict import compare, conclude, markdown
 
 PANELS = [  # of curves.png, each with its lines
@@ -55,6 +55,13 @@ def describe_pairs(pairs, drops, config):
             lines.append(f"  dropped, {reason}: {dropped}")
     for name in stand_ins_used:
         lines.append(f"stand-in for {name}: {public_name(name)}")
+    for name, base in bases_used.items():
+        lines.append(f"{public_name(name)} is an adapter, merged into {public_name(base)}")
+        if name == config.model and config.lora_r and not config.lora_merge:
+            lines.append(
+                "  model/ will hold an adapter on both: it can go on from here, but to be used "
+                "elsewhere that one must be merged first. lora_merge=true saves one whole model"
+            )
     for name, commit in revisions_used.items():
         lines.append(f"{public_name(name)} at commit {commit}")
     return lines
