@@ -1,6 +1,6 @@
 """Direct Preference Optimization as pure functions of tensors (Rafailov et al., arXiv 2305.18290).
 
-hidden states -> token_logps -> sequence_logps -> dpo_loss -> pair_metrics -> summarize
+hidden states -> token_logps -> sequence_logps -> score (dpo_loss, pair_metrics) -> summarize
 
 Where each equation of the paper is:
     log pi(y|x), the sum over the answer's tokens      sequence_logps
@@ -82,11 +82,8 @@ def _logits(hidden, weight):
     return logits.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def sequence_logps(logps, lengths, average=False):
+def sequence_logps(logps, lengths):
     """log pi(y|x) of each answer in nats: the sum of its tokens' log-probabilities.
-
-    The paper's log pi(y|x) is the sum. average=True divides it by the answer's number of tokens
-    (a variant that several repositories use; it weighs short answers' tokens more).
 
     logps    (n,) float: token log-probabilities of the answers, one answer after the other
     lengths  list of int that add up to n, each at least 1
@@ -95,7 +92,7 @@ def sequence_logps(logps, lengths, average=False):
     """
     answers = []
     for answer in logps.split(lengths):
-        answers.append(answer.mean() if average else answer.sum())
+        answers.append(answer.sum())
     return torch.stack(answers)
 
 
@@ -115,12 +112,14 @@ def dpo_loss(
                  chance that a label is flipped:
                  -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     conservative DPO,
                  E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO", eq. 3
-        ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17
+        ipo      (h - 1 / (2 beta))^2     IPO, arXiv 2310.12036, eq. 17, whose tau is beta. There
+                 log pi(y|x) is a whole answer's, a sum; what its authors ran, as TRL reports of
+                 them, and score runs, is averages over an answer's tokens
         hinge    max(0, 1 - beta h)       the hinge-norm loss of RSO, arXiv 2309.06657, eq. 10;
                  SLiC's loss (arXiv 2305.10425) on normalised log-probabilities
 
-    policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps); no gradient is needed
-                           through the reference's
+    policy_*, reference_*  (n,) float: log pi(y|x) in nats (sequence_logps), or an average a token;
+                           no gradient is needed through the reference's
     beta                   float > 0: how strongly the policy is held to the reference
     label_smoothing        float in [0, 0.5), for sigmoid only
     returns                losses, chosen_rewards, rejected_rewards: each (n,), not averaged. The
@@ -169,23 +168,56 @@ def pair_metrics(losses, chosen_rewards, rejected_rewards, chosen_logps, rejecte
     }
 
 
-def summarize(metrics, intervals=False):
-    """Means of the pairs' figures; with intervals also how many pairs, and name/ci95 of each.
+def score(logps, reference, lengths, config):
+    """The loss of each pair, with gradient, and its figures, without.
 
-    A ci95 is half a 95 % interval's width: mean_half_width's, of the accuracy share_half_width's.
-    It is also that of the paired change since the start, when policy and reference were one and
-    every pair had the same loss, margin 0 and accuracy one half.
+    To dpo_loss comes nll_weight times the chosen answer's mean negative log-likelihood a token
+    (arXiv 2404.19733, eq. 1: a pair's own mean, so that a long answer counts as a short one). With
+    length_normalize, and for loss ipo always, dpo_loss and the figures are of averages a token.
 
-    metrics  dict of (n,) vectors, from pair_metrics
-    returns  dict of float; a ci95 of a single pair's mean is nan
+    logps, reference  (n, 2) float: log pi(y|x) of chosen and rejected answers, in nats
+    lengths           (n, 2) how many tokens these answers have
+    config            a run's settings
+    returns           (n,) losses; dict of (n,) vectors: pair_metrics' and nll/chosen, nats a token
+    """
+    chosen_nll = -logps[:, 0] / lengths[:, 0]
+    if config.length_normalize or config.loss == "ipo":
+        logps = logps / lengths
+        reference = reference / lengths
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        *logps.unbind(1),
+        *reference.unbind(1),
+        beta=config.beta,
+        loss=config.loss,
+        label_smoothing=config.label_smoothing,
+    )
+    losses = losses + config.nll_weight * chosen_nll
+    metrics = pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
+    metrics["nll/chosen"] = chosen_nll.detach()
+    return losses, metrics
+
+
+def summarize(metrics, before=None):
+    """Means of the pairs' figures; with those before training also how many pairs, and intervals.
+
+    name/ci95 is half a 95 % interval's width: mean_half_width's, of accuracies share_half_width's.
+    It is also that of the paired change since the start of what was then the same for all pairs
+    (margin 0, accuracy one half, where policy and reference were one). Of what was not,
+    name/change_ci95 is half the width of the paired change's.
+
+    metrics, before  dict of (n,) vectors, from score
+    returns          dict of float; a ci95 of a single pair's mean is nan
     """
     table = torch.stack(list(metrics.values()), dim=1).cpu().double()
     figures = dict(zip(metrics, table.mean(0).tolist(), strict=True))
-    if intervals:
+    if before is not None:
         figures["pairs"] = len(table)
         for name, values in zip(metrics, table.unbind(1), strict=True):
             half_width = share_half_width if name == "rewards/accuracies" else mean_half_width
             figures[f"{name}/ci95"] = half_width(values)
+            earlier = before[name].cpu().double()
+            if not (earlier == earlier[0]).all():
+                figures[f"{name}/change_ci95"] = mean_half_width(values - earlier)
     return figures
 
 

@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,24 +35,26 @@ import transformers
 from torch import nn
 
 import data
-from dpo_loss import dpo_loss, pair_metrics, sequence_logps, summarize, token_logps
+from dpo_loss import score, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report, sweep
-from support.cache import read_or_compute
+from support.cache import logps_key, read_or_compute
 from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
-from support.checks import check_model
+from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
 from support.files import digest_pairs, digest_tensors
-from support.machine import matmul_peak, numerics, operations_a_token, resolve_machine
+from support.machine import matmul_peak, operations_a_token, resolve_machine
 from support.model import (
     add_adapter,
     load_model,
+    load_reference,
     place_weights,
     round_weights,
     save_model,
     untrained_state,
 )
+from support.preference import answer_lengths
 from support.processes import say
 from support.run_log import RunLog
 from support.sampler import greedy_answers
@@ -64,17 +66,19 @@ class Setup:
 
     policy: "AnswerLogps"
     tokenizer: transformers.PreTrainedTokenizerBase
-    weights: dict[str, torch.Tensor]  # the trained float32 master weights, from place_weights
-    origin: dict[str, str]  # sha256 of the model before training, without adapter, and of the pairs
+    origin: dict[str, str]  # sha256 of the models before training, without adapter, and the pairs
     pairs: dict[str, list[data.Pair]]
     drops: dict[str, Counter]  # how many records were dropped, by reason
+    lengths: dict[str, torch.Tensor]  # (pairs, 2) how many tokens both answers have
     steps: dict[str, list[list[data.Row]]]  # the rows of pairs of each optimizer step
     end_of_turn: int  # id of the token that ends an answer
     samples: list[data.Pair]  # those whose prompts the report shows answers to
-    peak_share: float  # of the machine's peak, that one trained token a second takes (MFU)
+    weights: dict[str, torch.Tensor] | None = None  # trained float32 master weights: place_weights
+    peak_share: float = 0.0  # of the machine's peak, that one trained token a second takes (MFU)
     reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) log-probabilities in nats
+    start: torch.Tensor | None = None  # the policy's own of "eval" before its first step
     reference_seconds: float = 0.0  # how long they took
-    answers: list[str] | None = None  # the reference's, to the samples' prompts
+    answers: list[str] | None = None  # before training, to the samples' prompts
 
     @property
     def model(self):
@@ -162,13 +166,12 @@ def train(setup, config, folder):
     # the policy computes with what was loaded, or with where this run of a sweep begins
     round_weights(setup.policy, setup.weights)
     skipped_in_a_row = 0
+    tell_first_loss(config)
 
     with RunLog(folder, config, order, done, setup.reference_seconds, setup.peak_share) as log:
         # a kill may have come between a checkpoint and the evaluation after it
         if evaluation_due(setup, config, done, total) and done not in log.evaluated:
-            # before its first step the policy is the reference
-            logps = None if done else setup.reference["eval"]
-            log.log_evaluation(done, evaluate(setup, config, logps))
+            log.log_evaluation(done, evaluate(setup, config, None if done else setup.start))
         for step, rows in enumerate(order[done:], done + 1):
             lr = learning_rate(step - 1, total, config)
             # lora_dropout draws from a generator seeded by the step, so there is no state to save
@@ -231,12 +234,13 @@ def train_step(setup, config, rows, optimizer, lr):
     """
     indices = [index for row in rows for index in row.pairs]
     reference = setup.reference["train"]
+    lengths = setup.lengths["train"]
     logps = torch.zeros(len(indices), 2, device=config.device)
     setup.model.train()
     for row, share in processes.share_rows(rows):
-        row_logps = sequence_logps(setup.policy(row), row.lengths, config.length_normalize)
+        row_logps = sequence_logps(setup.policy(row), row.lengths)
         row_logps = row_logps.view(-1, 2)  # chosen, rejected
-        losses, _ = score(row_logps, reference[row.pairs], config)
+        losses, _ = score(row_logps, reference[row.pairs], lengths[row.pairs], config)
         # the mean over the step's pairs; FSDP2 averages gradients over processes
         (losses.sum() * (share * processes.WORLD / len(indices))).backward()
         places = [indices.index(index) for index in row.pairs]
@@ -244,7 +248,8 @@ def train_step(setup, config, rows, optimizer, lr):
     setup.model.eval()  # train mode is for activation checkpointing and lora_dropout alone
 
     norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf)
-    _, metrics = score(processes.sum_over_processes(logps), reference[indices], config)
+    logps = processes.sum_over_processes(logps)
+    _, metrics = score(logps, reference[indices], lengths[indices], config)
     figures = summarize(metrics)
     figures["grad_norm"] = processes.whole(norm).item()
     figures["lr"] = lr
@@ -262,36 +267,27 @@ def train_step(setup, config, rows, optimizer, lr):
     return figures
 
 
-def score(logps, reference, config):
-    """The loss of each pair, with gradient, and its figures, without.
-
-    logps, reference  (n, 2) log pi(y|x) of chosen and rejected answers, in nats
-    returns           (n,) losses; dict of (n,) vectors as from pair_metrics
-    """
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        *logps.unbind(1),
-        *reference.unbind(1),
-        beta=config.beta,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
-    )
-    return losses, pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
-
-
 def evaluate(setup, config, logps=None):
     """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
     if logps is None:
         logps = compute_logps(setup, "eval", config, "evaluation")
-    _, metrics = score(logps, setup.reference["eval"], config)
-    return summarize(metrics, intervals=True)
+    reference, lengths = setup.reference["eval"], setup.lengths["eval"]
+    _, before = score(setup.start, reference, lengths, config)
+    _, metrics = score(logps, reference, lengths, config)
+    return summarize(metrics, before)
 
 
 def learning_rate(step, total, config):
-    """The rate of optimizer step `step` (from 0): linear warmup, then a cosine to 0 at `total`."""
+    """The rate of optimizer step `step` (from 0): linear warmup, then lr_schedule until `total`."""
     warmup = round(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    if config.lr_schedule == "constant":
+        return config.lr
+    done = (step - warmup) / (total - warmup)
+    if config.lr_schedule == "linear":
+        return config.lr * (1 - done)
+    return config.lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def make_optimizer(weights, config):
@@ -421,44 +417,43 @@ def compute_logps(setup, split, config, title):
     with processes.progress(f"{title}, {split}", len(logps)) as bar:
         for row, share in processes.share_rows(setup.rows[split]):
             tokens = torch.func.functional_call(setup.policy, float32_weights, (row,))
-            answers = sequence_logps(tokens, row.lengths, config.length_normalize)
+            answers = sequence_logps(tokens, row.lengths)
             logps[row.pairs] += share * answers.view(-1, 2).float()
             bar.update(len(row.pairs) * processes.WORLD)
     return processes.sum_over_processes(logps)
 
 
-def reference_logps(setup, config):
+def reference_logps(setup, config, splits=("train", "eval")):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
-    The reference is the policy before its first step, so they are computed with it, in the rows and
-    the numerics in which they are used: the first loss is exactly that of a margin of 0 (ln 2 for
-    loss sigmoid), and no second model takes memory.
+    The reference is mostly the policy before its first step, so they are computed with it, in the
+    rows and the numerics in which they are used: the first loss is exactly that of a margin of 0
+    (ln 2 for loss sigmoid), and no second model takes memory.
 
-    returns  "train" and "eval" -> (pairs, 2) float32 in nats
+    returns  split -> (pairs, 2) float32 in nats
     """
 
     def compute():
         found = {}
-        for split in setup.pairs:
+        for split in splits:
             found[split] = compute_logps(setup, split, config, "reference")
         return found
 
-    rows = []
-    for part in setup.rows.values():
-        rows += [[row.pairs, row.input_ids.tolist(), row.segments] for row in part]
-    # whatever changes a log-probability's last digit, but for this code itself
-    depends_on = {
-        **numerics(config),
-        "weights": setup.origin["model"],
-        "adapter": config.lora_r > 0,
-        "shared prompts": setup.policy.shared,
-        "attention": setup.policy.native_attention,
-        "length_normalize": config.length_normalize,
-        "rows": rows,
-    }
+    key = logps_key(config, setup, splits)
     title = "Reference log-probabilities"
-    found = read_or_compute(title, config.reference_cache, depends_on, compute)
+    found = read_or_compute(title, config.reference_cache, key, compute)
     return {split: logps.to(config.device) for split, logps in found.items()}
+
+
+def other_reference(setup, config):
+    """The same under reference_model, which is loaded for it, and freed before training."""
+    model = load_reference(config, setup.tokenizer)
+    policy = AnswerLogps(model)
+    check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row)
+    origin = {"model": digest_tensors(model.state_dict())}
+    setup.origin["reference model"] = origin["model"]
+    weights = place_weights(policy, config)
+    return reference_logps(replace(setup, policy=policy, weights=weights, origin=origin), config)
 
 
 def prepare(config, dry=False):
@@ -470,32 +465,36 @@ def prepare(config, dry=False):
     """
     model, tokenizer = load_model(config)
     pairs, drops = data.load_pairs(config, tokenizer)
-    origin = {"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)}
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
+    setup = Setup(
+        policy=policy,
+        tokenizer=tokenizer,
+        origin={"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)},
+        pairs=pairs,
+        drops=drops,
+        lengths=answer_lengths(pairs, config.device),
+        steps=lay_out(pairs, config),
+        end_of_turn=data.PairEncoder(tokenizer).end_of_turn,
+        samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts],
+    )
     if config.lora_r:
         add_adapter(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    weights = place_weights(policy, config)
     if not dry:
-        check_room(config, model, weights)
-    setup = Setup(
-        policy=policy,
-        tokenizer=tokenizer,
-        weights=weights,
-        origin=origin,
-        pairs=pairs,
-        drops=drops,
-        steps=lay_out(pairs, config),
-        end_of_turn=data.PairEncoder(tokenizer).end_of_turn,
-        samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts],
-        peak_share=operations_a_token(model, weights) / matmul_peak(config),
-    )
+        check_room(config, model)
     say("\n".join(report.describe_pairs(pairs, drops, config)))
+    began = time.time()
+    if config.reference_model and not dry:
+        # before the policy takes the device's memory
+        setup.reference = other_reference(setup, config)
+    setup.weights = place_weights(policy, config)
+    setup.peak_share = operations_a_token(model, setup.weights) / matmul_peak(config)
     if not dry:
-        began = time.time()
-        setup.reference = reference_logps(setup, config)
+        own = reference_logps(setup, config, ["eval"] if setup.reference else ["train", "eval"])
+        setup.start = own["eval"]
+        setup.reference = setup.reference or own
         setup.reference_seconds = time.time() - began
         setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
     return setup

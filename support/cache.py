@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from support.files import read_tensors, write_tensors
+from support.machine import numerics
 from support.processes import say
 
 
@@ -28,3 +29,23 @@ def read_or_compute(title, folder, depends_on, compute):
     found = compute()
     write_tensors(path, found)
     return found
+
+
+def logps_key(config, setup, splits):
+    """Whatever changes a log-probability's last digit, but for the code: read_or_compute's key.
+
+    setup   the run's Setup: its origin, policy and rows
+    splits  those that are computed
+    """
+    rows = []
+    for split in splits:
+        for row in setup.rows[split]:
+            rows.append([row.pairs, row.input_ids.tolist(), row.segments])
+    return {
+        **numerics(config),
+        "weights": setup.origin["model"],
+        "adapter": config.lora_r > 0,
+        "shared prompts": setup.policy.shared,
+        "attention": setup.policy.native_attention,
+        "rows": rows,
+    }

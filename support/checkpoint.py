@@ -103,7 +103,7 @@ def _check_origin(folder, metadata, origin):
         )
 
 
-def check_room(config, model, weights):
+def check_room(config, model):
     """Refuse to begin what could not be written: a folder that is read-only, or too full a disk.
 
     raises  InputError
@@ -117,8 +117,9 @@ def check_room(config, model, weights):
     # a weight, its two moments, in float32; two checkpoints are kept while a third is written
     checkpoints = KEPT_CHECKPOINTS + 1 if config.save_every else 1
     needed = 0
-    for weight in weights.values():
-        needed += 12 * weight.numel() * checkpoints
+    for weight in model.parameters():
+        if weight.requires_grad:
+            needed += 12 * weight.numel() * checkpoints
     if config.lora_r == 0 or config.lora_merge:
         needed += getattr(torch, config.save_dtype).itemsize * model.num_parameters()
     for path in run.glob("checkpoints/*"):

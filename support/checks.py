@@ -65,6 +65,17 @@ def check_causal(model, pair, tolerance=1e-4):
         )
 
 
+def tell_first_loss(config):
+    """Say so where the first loss is not the one by which a run is known as right."""
+    reasons = []
+    if config.nll_weight:
+        reasons.append("nll_weight adds the chosen answers' negative log-likelihood (nll/chosen)")
+    if config.reference_model:
+        reasons.append("reference_model is not the policy, so the margins do not begin at 0")
+    if reasons:
+        say(f"The first loss is not ln 2: {'; '.join(reasons)}")
+
+
 def check_noise(policy, row):
     """Say so where train mode adds noise of the model's own, which the method has no use for."""
     with torch.no_grad():

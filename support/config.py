@@ -26,8 +26,11 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "loss",
     "beta",
     "label_smoothing",
+    "length_normalize",
+    "nll_weight",
     "epochs",
     "lr",
+    "lr_schedule",
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
@@ -76,6 +79,7 @@ class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     revision: str | None = None
     trust_remote_code: bool = False
+    reference_model: str | None = None
     lora_r: int = Field(0, ge=0)
     lora_alpha: float = Field(16.0, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -97,10 +101,12 @@ class Config:
     beta: float = Field(0.1, ge=1e-6, le=1e6)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     length_normalize: bool = False
+    nll_weight: float = Field(0.0, ge=0, le=1e3)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)
     gradient_accumulation_steps: int = Field(2, ge=1)
     lr: float = Field(1e-7, ge=0, le=1)
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0, le=1e3)
     max_grad_norm: float = Field(1.0, ge=0)

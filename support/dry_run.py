@@ -71,6 +71,8 @@ def _tokens_in_all(rows, steps, config):
         for row in part:
             tokens[split] += len(row.input_ids)
     evaluations = 2  # the reference's, and the last
+    if config.reference_model:
+        evaluations += 1  # the policy's own before its first step
     if config.eval_every:
         evaluations += steps // config.eval_every
     # evaluations are in float32, which takes at least twice bfloat16's time

@@ -3,16 +3,19 @@
 import contextlib
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from support.adapters import find_adapter, merge
 from support.errors import InputError
 from support.processes import WORLD, say
-from support.sources import announce_download, note_commit, open_source
+from support.sources import announce_download, bases_used, note_commit, open_source
 
 
 def load_model(config):
@@ -39,6 +42,14 @@ def load_model(config):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         on_the_hub = not os.path.exists(path)
+        adapter = find_adapter(config.model, path, options["revision"])
+        if adapter:
+            model, tokenizer = _load_merged(adapter, config)
+            if on_the_hub:
+                options["revision"] = note_commit(path, options["revision"], "adapter_config.json")
+            if adapter.has_tokenizer:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+            return model, tokenizer
         if on_the_hub:
             announce_download(path, options["revision"])
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
@@ -54,6 +65,58 @@ def load_model(config):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
     _disable_dropout(model)
     return model.eval(), tokenizer
+
+
+def _load_merged(adapter, config):
+    """The base of an adapter with the adapter merged into it, and the base's tokenizer.
+
+    raises   InputError as load_model and merge do, or without peft
+    """
+    if not find_spec("peft"):
+        raise InputError(f"model {adapter.name} is an adapter, which needs peft: pip install peft")
+    try:
+        on = replace(config, model=adapter.base, revision=adapter.base_revision)
+        base, tokenizer = load_model(on)
+    except InputError as error:
+        raise InputError(
+            f"model {adapter.name} is an adapter on {adapter.base} (base_model_name_or_path in its "
+            f"adapter_config.json), which is not to be had: {error}"
+        ) from error
+    model = merge(base, adapter)
+    bases_used[adapter.name] = adapter.base
+    say(f"Model {adapter.name} is an adapter: merged into {adapter.base}")
+    return model, tokenizer
+
+
+def load_reference(config, tokenizer):
+    """Load reference_model as load_model does, where its tokenizer is the policy's.
+
+    Its weights will be placed as the policy's, so that of the same model they are the same to the
+    last digit.
+
+    raises   InputError, with the first of the tokens whose ids differ
+    """
+    try:
+        other = replace(config, model=config.reference_model, revision=None)
+        model, its_tokenizer = load_model(other)
+    except InputError as error:
+        raise InputError(f"reference_model: {error}") from error
+    ids = tokenizer.get_vocab()
+    its_ids = its_tokenizer.get_vocab()
+    different = []
+    for token in sorted(ids.keys() | its_ids.keys()):
+        if ids.get(token) != its_ids.get(token):
+            different.append(token)
+    if different:
+        token = different[0]
+        raise InputError(
+            f"reference_model {config.reference_model}: its tokenizer is not that of model "
+            f"{config.model}: {len(different)} tokens differ, such as {token!r}, id "
+            f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
+            "of other texts: give a model with the same tokenizer, or null"
+        )
+    model.requires_grad_(config.lora_r == 0)
+    return model
 
 
 def _check_weights(found, name):
@@ -109,6 +172,7 @@ def add_adapter(model, config):
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        revision=config.revision,
         target_modules=config.lora_target_modules,
         task_type="CAUSAL_LM",
     )

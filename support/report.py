@@ -16,7 +16,7 @@ from support.files import write_atomically, write_text
 from support.machine import peak_memory
 from support.processes import is_first
 from support.run_log import read_rows
-from support.sources import package_file, revisions_used, stand_ins_used
+from support.sources import bases_used, package_file, revisions_used, stand_ins_used
 from support.verdict import compare, conclude, markdown
 
 PANELS = [  # of curves.png, each with its lines
@@ -55,6 +55,13 @@ def describe_pairs(pairs, drops, config):
             lines.append(f"  dropped, {reason}: {dropped}")
     for name in stand_ins_used:
         lines.append(f"stand-in for {name}: {public_name(name)}")
+    for name, base in bases_used.items():
+        lines.append(f"{public_name(name)} is an adapter, merged into {public_name(base)}")
+        if name == config.model and config.lora_r and not config.lora_merge:
+            lines.append(
+                "  model/ will hold an adapter on both: it can go on from here, but to be used "
+                "elsewhere that one must be merged first. lora_merge=true saves one whole model"
+            )
     for name, commit in revisions_used.items():
         lines.append(f"{public_name(name)} at commit {commit}")
     return lines
@@ -87,6 +94,8 @@ def public_settings(config):
     """A run's settings with public names, and without those that mean something here alone."""
     settings = {n: value for n, value in asdict(config).items() if n not in PLACES}
     settings["model"] = public_name(config.model)
+    if config.reference_model:
+        settings["reference_model"] = public_name(config.reference_model)
     for name in ("dataset", "eval_dataset"):
         if settings[name]:
             parts = [public_name(n) + split for n, split in split_sources(settings[name])]
@@ -106,7 +115,7 @@ def draw_curves(folder):
             _draw_training(axis, name, color, trained, name in held_out)
             if name in held_out:
                 _draw_evaluation(axis, name, color, held_out)
-        if "loss" in names:
+        if "loss" in names and math.isclose(trained["loss"][0], math.log(2), abs_tol=1e-6):
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
         axis.set(title=", ".join(names), xlabel="optimizer step")
         axis.legend(fontsize=8)
@@ -167,7 +176,7 @@ def write_report(folder, config, pairs, answers):
     """Draw curves.png and write report.md.
 
     pairs    lines on the pairs, from describe_pairs
-    answers  rows of (prompt, the reference's answer, the trained model's)
+    answers  rows of (prompt, the model's answer before training, and after)
     returns  the model card's text, and the end of the run in a few lines for the terminal
     """
     answers = list(answers)
@@ -177,13 +186,16 @@ def write_report(folder, config, pairs, answers):
     verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained)
     settings = public_settings(config)
+    against = ""
+    if config.reference_model:
+        against = f", against the reference {settings['reference_model']}"
     method = (
         f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
-        f"{settings['dataset']}; the base model's licence holds."
+        f"{settings['dataset']}{against}; the base model's licence holds."
     )
     facts = "\n".join([*pairs, speed])
     listed = yaml.safe_dump(settings, sort_keys=False)
-    table = markdown(["prompt", "reference", "trained"], answers)
+    table = markdown(["prompt", "before", "trained"], answers)
     details = f"```yaml\n{listed}```\n```\n{facts}\n```\n{table}\n"
     draw_curves(folder)
     report = f"{method}\n\n{evaluation}\n\n{verdict}\n\n{details}"

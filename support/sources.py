@@ -36,6 +36,7 @@ OTHER_FILES = (
 PACKAGE = "package://"
 stand_ins_used = {}  # Hub name -> what this process took in its place
 revisions_used = {}  # Hub name -> the commit that this process read
+bases_used = {}  # name of an adapter -> the base model that it was merged into
 
 
 class MissingSplit(InputError):
@@ -177,9 +178,9 @@ def announce_download(model, revision):
     say(f"Downloading {model} from the Hub ...")
 
 
-def note_commit(model, revision):
+def note_commit(model, revision, file="config.json"):
     """Keep in revisions_used the commit of a Hub model that was read just now, and return it."""
-    cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    cached = try_to_load_from_cache(model, file, revision=revision)
     if not isinstance(cached, str):
         return revision
     revisions_used[model] = Path(cached).parent.name  # .../snapshots/COMMIT/config.json

@@ -13,7 +13,8 @@ from support.processes import is_first, say
 from support.run_log import read_rows
 
 BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
-SCALES = ["loss", "beta", "label_smoothing", "length_normalize"]  # what a loss is a loss of
+# what a loss is a loss of
+SCALES = ["loss", "beta", "label_smoothing", "length_normalize", "nll_weight", "reference_model"]
 LOSS = "held-out loss"  # for loss is a setting's name too
 FINISHED = "finished"
 DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other
@@ -47,7 +48,10 @@ def summarize_sweep(configs, varied, failed=None):
     written = f"The sweep is in {folder / 'sweep.csv'}"
     (folder / "sweep.png").unlink(missing_ok=True)  # it may be another sweep's
     if rows[0]["outcome"] == FINISHED:
-        _draw_sweep(rows, varied, folder / "sweep.png")
+        before = BEFORE_TRAINING
+        if configs[0].reference_model or configs[-1].reference_model:
+            before = {}  # margins begin elsewhere
+        _draw_sweep(rows, varied, folder / "sweep.png", before)
         written += f" and {folder / 'sweep.png'}"
     say(written)
 
@@ -108,10 +112,12 @@ def _print_table(frame, varied):
         say(f"Losses and margins compare only between runs of the same {' and '.join(scales)}.")
 
 
-def _draw_sweep(rows, varied, path):
+def _draw_sweep(rows, varied, path, before):
     """Accuracy and margin of finished runs over one setting, lr if it varies.
 
     There is a line for each combination of the others, which it is named after.
+
+    before  the figures before training, where all runs begin with the same
     """
     x = "lr" if "lr" in varied else varied[0]
     others = list(varied)
@@ -137,7 +143,8 @@ def _draw_sweep(rows, varied, path):
                 positions.append(ticks.index(row[x]) + aside)
             _draw_line(axis, name, label, part, positions)
             aside += dodge
-        axis.axhline(BEFORE_TRAINING[name], color="gray", linestyle=":", label="before training")
+        if name in before:
+            axis.axhline(before[name], color="gray", linestyle=":", label="before training")
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -42,7 +42,9 @@ def find_changes(held_out):
     for name in COMPARED if held_out else []:
         before = _number(held_out[0][name])
         after = _number(held_out[-1][name])
-        half_width = _number(held_out[-1][f"{name}/ci95"])
+        last = held_out[-1]
+        own = last[f"{name}/ci95"]
+        half_width = _number(last.get(f"{name}/change_ci95", own))
         changes.append(Change(name, before, after, half_width))
     return changes
 
@@ -91,7 +93,7 @@ def conclude(config, trained, held_out, answers):
     """What a run's figures mean and what to try next, in a few sentences.
 
     trained, held_out  rows of metrics.jsonl
-    answers            rows of (prompt, the reference's answer, the trained model's)
+    answers            rows of (prompt, the model's answer before training, and after)
     """
     skipped = sum("skipped" in row for row in trained)
     changes = find_changes(held_out)

@@ -26,6 +26,7 @@ METRICS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "nll/chosen",
 )
 TIMED = ("seconds", "tokens_per_second", "peak_share")
 
@@ -102,6 +103,19 @@ def write_model(folder, family="llama", tokenizer=None, **changes):
     tokenizer = tokenizer or build_tokenizer()
     build_model(family, len(tokenizer), **changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_adapter(folder, base, **changes):
+    """A folder with a tiny Llama's adapter of random matrices that names this base; needs peft."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(3)
+    lora = LoraConfig(**settings | changes, init_lora_weights=False)
+    model = get_peft_model(build_model("llama", len(build_tokenizer())), lora)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder, save_embedding_layers=False)
     return str(folder)
 
 

@@ -32,6 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import dpo_loss
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
 from support import files, processes, report, run_log
@@ -176,7 +177,7 @@ def out_of_memory(call, where):
 
 def not_finite(steps, where):
     """A loss or a gradient that is nan in these calls of train_step; checks that weights stay."""
-    original_step, original_loss, calls = train_dpo.train_step, train_dpo.dpo_loss, [0]
+    original_step, original_loss, calls = train_dpo.train_step, dpo_loss.dpo_loss, [0]
     inside = []  # a step, not an evaluation after it
 
     def step(*args, **kwargs):
@@ -202,7 +203,7 @@ def not_finite(steps, where):
                 losses.register_hook(lambda grad: grad * float("nan"))
         return losses, *rewards
 
-    train_dpo.train_step, train_dpo.dpo_loss = step, loss
+    train_dpo.train_step, dpo_loss.dpo_loss = step, loss
 
 
 FAULTS = {

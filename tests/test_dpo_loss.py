@@ -84,9 +84,6 @@ def test_log_probabilities_of_answers_are_the_brute_force_sums_over_their_tokens
     assert sequence_logps(found, lengths).tolist() == pytest.approx(
         [math.fsum(answer) for answer in answers], abs=1e-12
     )
-    assert sequence_logps(found, lengths, average=True).tolist() == pytest.approx(
-        [math.fsum(answer) / len(answer) for answer in answers], abs=1e-12
-    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8])
@@ -216,13 +213,10 @@ def test_token_logps_rejects_another_number_of_targets_than_hidden_states(monkey
 
 
 @given(st.lists(st.lists(st.integers(-64, 0), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_sequence_logps_sum_or_average_each_answer(answers):
+def test_sequence_logps_sum_each_answer(answers):
     flat = torch.tensor(list(itertools.chain(*answers)), dtype=torch.float64)
     lengths = [len(answer) for answer in answers]
     assert sequence_logps(flat, lengths).tolist() == [sum(answer) for answer in answers]
-    assert sequence_logps(flat, lengths, average=True).tolist() == pytest.approx(
-        [sum(answer) / len(answer) for answer in answers], rel=1e-15
-    )
 
 
 @pytest.mark.parametrize("lengths", [[2, 2], [2, 4], [4], [6, -1], []])
@@ -607,8 +601,19 @@ def test_one_half_is_known_exactly_before_training_and_not_with_a_pair_decided()
 
 def test_a_summary_with_intervals_counts_its_pairs():
     metrics = {"loss": normal(7, seed=0), "rewards/accuracies": wins(7, 7)}
-    figures = summarize(metrics, intervals=True)
+    figures = summarize(metrics, before={name: torch.zeros(7) for name in metrics})
     assert figures["pairs"] == 7
     assert figures["loss/ci95"] == mean_half_width(metrics["loss"])
     assert figures["rewards/accuracies/ci95"] == share_half_width(metrics["rewards/accuracies"]) > 0
     assert "pairs" not in summarize(metrics)
+    assert not any("change" in name for name in figures)
+
+
+def test_a_changes_interval_is_paired_where_pairs_did_not_begin_alike():
+    before = {"loss": 100 * normal(9, seed=0), "rewards/margins": torch.zeros(9)}
+    change = normal(9, seed=1)
+    after = {name: values + change for name, values in before.items()}
+    figures = summarize(after, before)
+    assert figures["loss/change_ci95"] == pytest.approx(mean_half_width(change), rel=1e-9)
+    assert figures["loss/ci95"] > 10 * figures["loss/change_ci95"]
+    assert "rewards/margins/change_ci95" not in figures

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import CONFIG, records, write_model
+from helpers import CONFIG, records, write_adapter, write_model
 from hub import Client, Hub, folder_files
 from support.explain import CONVERT
 
@@ -277,3 +277,24 @@ def test_a_damaged_file_of_the_cache_is_named_and_mended_as_it_says(here, run):
     file.resolve().unlink()
     assert run(model="org/damaged")[0] == 0
     assert file.read_bytes() == whole
+
+
+def test_an_adapter_and_its_base_come_from_the_hub_and_both_commits_are_noted(here, run, tmp_path):
+    pytest.importorskip("peft")
+    sft = folder_files(write_adapter(tmp_path / "sft", "org/model"))
+    commit = here.hub.add("models/org/sft", sft)
+    code, printed = run(model="org/sft")
+    assert code == 0, printed
+    assert "Model org/sft is an adapter: merged into org/model" in printed
+    model = here.hub.add("models/org/model", here.files)
+    assert commits(printed) | {"org/sft": commit, "org/model": model} == commits(printed)
+    here.hub.stop()
+    try:
+        code, printed = run(model="org/sft")
+    finally:
+        here.hub.start()
+    assert code == 0, printed  # from the cache
+    unsafe = {"adapter_model.bin": b"", "adapter_config.json": sft["adapter_config.json"]}
+    here.hub.add("models/org/bin", unsafe)
+    code, printed = run(model="org/bin")
+    assert code == 2 and "model org/bin is an adapter without adapter_model.safetensors" in printed

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from helpers import (
     read_metrics,
     records,
     user,
+    write_adapter,
     write_jsonl,
     write_model,
 )
@@ -102,6 +104,17 @@ def test_the_reference_is_the_base_model_without_the_adapter(peft, ready, tiny_m
     torch.testing.assert_close(setup.reference["eval"].flatten(), sums, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_model_as_reference_model_is_null_under_an_adapter_too(
+    peft, ready, tiny_model, dtype
+):
+    null, _ = ready(**ADAPTER, dtype=dtype)
+    setup, config = ready(**ADAPTER, dtype=dtype, reference_model=tiny_model)
+    for split in ("train", "eval"):
+        assert torch.equal(null.reference[split], setup.reference[split])
+    assert train_all(setup, config)[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
 def test_lora_dropout_acts_in_training_and_not_in_evaluation(peft, ready):
     norms = {}
     for dropout in (0.0, 0.5):
@@ -152,6 +165,125 @@ def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     end = AutoTokenizer.from_pretrained("out/model").convert_tokens_to_ids("<|im_end|>")
     assert end in torch.tensor([merged.generation_config.eos_token_id]).flatten()
+
+
+# Going on from an adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, tiny_model):
+    """A folder with an adapter of the tiny model that matters, and a tokenizer of its own."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("sft") / "adapter"
+    write_adapter(folder, tiny_model)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)
+
+
+def logps_of(peft, adapter, base, setup):
+    """The held-out answers' log-probabilities by peft's own forward of base and adapter."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return held_out_logps(peft.PeftModel.from_pretrained(model, adapter), setup)
+
+
+def test_an_adapter_is_merged_into_its_base_which_is_policy_and_reference(
+    peft, dpo, setups, adapter, tiny_model, capsys
+):
+    assert dpo(model=adapter, lr=0.0) == 0
+    shown = capsys.readouterr().out
+    assert f"Model {adapter} is an adapter: merged into {tiny_model}" in shown
+    expected = logps_of(peft, adapter, tiny_model, setups[0])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert (held_out_logps(base, setups[0]) - expected).abs().max() > 1e-2
+    torch.testing.assert_close(policy_logps(setups[0]), expected, rtol=0, atol=1e-4)
+    lengths = setups[0].lengths["eval"].flatten().tolist()
+    sums = torch.stack([part.sum() for part in expected.split(lengths)])
+    torch.testing.assert_close(setups[0].reference["eval"].flatten(), sums, rtol=0, atol=1e-3)
+    assert read_metrics()[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    saved = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
+    torch.testing.assert_close(held_out_logps(saved, setups[0]), expected, rtol=0, atol=1e-4)
+    line = f"{Path(adapter).name} is an adapter, merged into {Path(tiny_model).name}"
+    assert line in Path("out/report.md").read_text()
+
+
+def test_a_new_adapter_on_an_adapter_names_it_and_goes_on_as_the_merged_model_does(
+    peft, dpo, setups, adapter, capsys
+):
+    lora = ADAPTER | {"model": adapter, "lr": 1e-2}
+    assert dpo(**lora, output_dir="two") == 0 and dpo(**lora, lora_merge=True, output_dir="m") == 0
+    assert "must be merged first. lora_merge=true" in Path("two/model/README.md").read_text()
+    assert "must be merged first" not in Path("m/model/README.md").read_text()
+    assert read_metrics("two", "train")[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    config = json.loads(Path("two/model/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == adapter
+    assert dpo(model="two/model", lr=0.0, output_dir="three") == 0
+    merged = AutoModelForCausalLM.from_pretrained("m/model", dtype=torch.float32)
+    chained = AutoModelForCausalLM.from_pretrained("three/model", dtype=torch.float32)
+    expected = policy_logps(setups[0])
+    for model in (merged, chained):
+        torch.testing.assert_close(held_out_logps(model, setups[0]), expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapters_base_may_have_a_stand_in(peft, dpo, tmp_path, tiny_model, hub_down):
+    write_adapter(tmp_path / "sft", "org/base")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained("sft")
+    assert dpo(model="sft", offline={"org/base": tiny_model}) == 0
+    assert f"stand-in for org/base: {Path(tiny_model).name}" in Path("out/report.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_that_merging_would_change_is_refused(
+    peft, dpo, tmp_path, tiny_model, family, capsys
+):
+    """LoRA on a head that is tied to the embeddings: added to one, it changes both."""
+    base = write_model(tmp_path / "base", family, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    lora = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained("sft", save_embedding_layers=False)
+    assert dpo(model="sft") == 2
+    assert "and merged into it computes something else (logits" in capsys.readouterr().out
+
+
+def edit_config(**changes):
+    path = Path("sft/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rename_weights():
+    Path("sft/adapter_model.safetensors").rename("sft/adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    "spoil, told",
+    [
+        (lambda: edit_config(base_model_name_or_path=None), "does not tell its base model: write"),
+        (lambda: edit_config(base_model_name_or_path="sft"), "does not tell its base model: write"),
+        (
+            lambda: edit_config(base_model_name_or_path="./gone"),
+            "is an adapter on ./gone (base_model_name_or_path in its adapter_config.json), which "
+            "is not to be had: model ./gone: no such file or folder",
+        ),
+        (rename_weights, "is an adapter without adapter_model.safetensors"),
+        (lambda: edit_config(base_model_name_or_path="wide"), "cannot be merged into it: "),
+        (lambda: edit_config(base_model_name_or_path="gpt2"), "cannot be merged into it: "),
+        (lambda: edit_config(base_model_name_or_path="deep"), "which has no place for base_model."),
+        (lambda: edit_config(target_modules=["q_proj"]), "which has no place for base_model."),
+        (lambda: edit_config(peft_type="PROMPT_TUNING"), "is an adapter on "),
+    ],
+    ids=["null", "itself", "gone", "bin", "wide", "gpt2", "deep", "fewer", "prompt"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_with_what_to_mend(
+    peft, dpo, adapter, spoil, told, capsys
+):
+    shutil.copytree(adapter, "sft")
+    write_model("wide", hidden_size=64, head_dim=16)
+    write_model("gpt2", "gpt2")
+    write_model("deep", num_hidden_layers=1)
+    spoil()
+    assert dpo(model="sft") == 2
+    shown = capsys.readouterr().out
+    assert "Error: model sft is an adapter" in shown and told in shown
+    assert not Path("out").exists()
 
 
 SHAPES = {

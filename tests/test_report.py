@@ -62,7 +62,7 @@ def test_the_report_shows_before_and_after_and_what_was_set(finished):
         assert re.search(r"measurable change", text, re.IGNORECASE)
     assert re.search(r"\blr\W+0\.001\b", report) and "![curves](curves.png)" in report
     asked = json.loads(finished.pairs["eval"][0].prompt)[-1]["content"]
-    assert f"\n| {asked} | " in report.partition("| prompt | reference | trained |")[2]
+    assert f"\n| {asked} | " in report.partition("| prompt | before | trained |")[2]
     assert "license: other" in (finished.folder / "model" / "README.md").read_text()
 
 

@@ -1,17 +1,21 @@
 """The method: layouts of a row, log-probabilities, steps, schedule, the reference, and sweeps."""
 
 import copy
+import gc
 import json
 import math
 import os
 import re
+import shutil
+import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import train_dpo
@@ -181,7 +185,8 @@ def test_log_probabilities_of_a_run_are_those_of_brute_force(ready, pairs_file):
 
 def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     logps, reference = torch.tensor([[-1.0, -5.0], [-2.0, -2.0], [-9.0, -1.0]]), torch.zeros(3, 2)
-    losses, metrics = train_dpo.score(logps, reference, Config(beta=0.5))
+    lengths = torch.tensor([[2, 4], [1, 1], [5, 3]])
+    losses, metrics = train_dpo.score(logps, reference, lengths, Config(beta=0.5))
     expected, chosen, rejected = dpo_loss(*logps.T, *reference.T, 0.5)
     torch.testing.assert_close(losses, expected)
     means = summarize(metrics)
@@ -190,9 +195,72 @@ def test_scores_of_pairs_are_the_losses_and_a_tie_counts_one_half():
     assert means["loss"] == pytest.approx(losses.mean().item())
     assert means["rewards/margins"] == pytest.approx((chosen - rejected).mean().item())
     assert means["logps/chosen"] == -4 and means["rewards/chosen"] == -2
-    halves = summarize(metrics, intervals=True)
+    assert means["nll/chosen"] == pytest.approx((1 / 2 + 2 / 1 + 9 / 5) / 3)
+    halves = summarize(metrics, before=metrics)
     wilson = 1.96 / (2 * math.sqrt(3 + 1.96**2))  # of three pairs and one half
     assert halves["rewards/accuracies/ci95"] == pytest.approx(wilson, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "ipo"}, {"loss": "ipo", "length_normalize": True}, {"length_normalize": True}],
+    ids=str,
+)
+def test_ipo_always_averages_over_tokens_and_the_others_with_length_normalize(changes):
+    logps = torch.tensor([[-6.0, -8.0], [-3.0, -9.0]], requires_grad=True)
+    reference, lengths = torch.tensor([[-5.0, -9.0], [-4.0, -6.0]]), torch.tensor([[2, 4], [1, 3]])
+    losses, metrics = train_dpo.score(logps, reference, lengths, Config(beta=0.5, **changes))
+    h = torch.tensor([-1 / 2 - 1 / 4, 1 / 1 + 3 / 3])
+    expected = (h - 1) ** 2 if changes.get("loss") == "ipo" else torch.log1p((-0.5 * h).exp())
+    torch.testing.assert_close(losses.detach(), expected)
+    torch.testing.assert_close(metrics["rewards/margins"], 0.5 * h)
+    torch.testing.assert_close(metrics["logps/chosen"], torch.tensor([-3.0, -3.0]))
+    losses.sum().backward()
+    torch.testing.assert_close(logps.grad[:, 0] * lengths[:, 0], -logps.grad[:, 1] * lengths[:, 1])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_nll_weight_adds_the_chosen_answers_mean_negative_log_likelihood(loss):
+    logps = torch.tensor([[-6.0, -8.0], [-3.0, -9.0]], requires_grad=True)
+    reference, lengths = torch.tensor([[-5.0, -9.0], [-4.0, -6.0]]), torch.tensor([[2, 4], [1, 3]])
+    scored = []
+    for weight in (0.0, 0.5):
+        config = Config(loss=loss, nll_weight=weight)
+        losses, metrics = train_dpo.score(logps, reference, lengths, config)
+        (gradient,) = torch.autograd.grad(losses.sum(), logps)
+        scored.append((losses.detach(), gradient, metrics))
+    (plain, slope, figures), (weighted, with_nll, _) = scored
+    torch.testing.assert_close(weighted - plain, 0.5 * torch.tensor([6 / 2, 3 / 1]))
+    torch.testing.assert_close(with_nll - slope, -0.5 * torch.tensor([[1 / 2, 0.0], [1 / 1, 0.0]]))
+    assert figures["nll/chosen"].tolist() == [3, 3] and not figures["nll/chosen"].requires_grad
+
+
+def test_the_first_loss_with_nll_weight_is_ln_2_and_its_part_and_that_is_said(dpo, capsys):
+    assert dpo(nll_weight=[0.0, 0.2], output_dir="s/{nll_weight}") == 0
+    assert capsys.readouterr().out.count("The first loss is not ln 2: nll_weight") == 1
+    assert dpo(nll_weight=0.2) == 0
+    assert "The first loss is not ln 2: nll_weight" in capsys.readouterr().out
+    for split in ("train", "eval"):
+        first = read_metrics(split=split)[0]
+        assert first["loss"] == pytest.approx(math.log(2) + 0.2 * first["nll/chosen"], rel=1e-6)
+        assert first["rewards/margins"] == 0
+    assert weights_bytes() == weights_bytes("s/0.2") != weights_bytes("s/0.0")
+    last = read_metrics("s/0.2", "eval")[-1]
+    assert last["nll/chosen"] < read_metrics("s/0.0", "eval")[-1]["nll/chosen"]
+
+
+def test_runs_that_sum_and_runs_that_average_share_one_reference(dpo, setups):
+    losses = {"loss": ["sigmoid", "ipo"], "output_dir": "s/{loss}_{length_normalize}"}
+    assert dpo(**losses, length_normalize=[False, True]) == 0
+    assert all(setup is setups[0] for setup in setups) and len(setups) == 4
+    assert dpo(length_normalize=True, output_dir="alone") == 0
+    assert weights_bytes("s/sigmoid_True") == weights_bytes("alone")
+    assert weights_bytes("s/ipo_True") == weights_bytes("s/ipo_False")
+    assert weights_bytes("s/sigmoid_False") != weights_bytes("alone")
+    assert read_metrics("s/sigmoid_True", "train")[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-7
+    )
+    assert read_metrics("s/ipo_False", "train")[0]["loss"] == pytest.approx(25, rel=1e-6)
 
 
 # Agreement with TRL
@@ -208,10 +276,13 @@ def row_logps(setup):
 
 
 @pytest.mark.skipif("TRL_REFERENCE" not in os.environ, reason="TRL_REFERENCE names no file")
-def test_sixteen_real_pairs_agree_with_trl(monkeypatch):
-    trl = json.loads(Path(os.environ["TRL_REFERENCE"]).read_text())
+@pytest.mark.parametrize("path", os.environ.get("TRL_REFERENCE", "").split(","))
+def test_sixteen_real_pairs_agree_with_trl(monkeypatch, path):
+    trl = json.loads(Path(path).read_text())
+    loss, *_ = trl["config"].get("loss_type", ["sigmoid"])
+    nll_weight = trl["config"].get("loss_weights", [0.0])[-1]
     quick = ["lr=5e-6", "dtype=float32", "device=cpu", "sample_prompts=0", "reference_cache=null"]
-    (config,), _ = read_config(CONFIG, quick)
+    (config,), _ = read_config(CONFIG, [*quick, f"loss={loss}", f"nll_weight={nll_weight}"])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     pairs = [Pair(i, *(pair[name] for name in names)) for i, pair in enumerate(trl["pairs"])]
     no_drops = {"train": Counter(), "eval": Counter()}
@@ -237,8 +308,10 @@ def test_sixteen_real_pairs_agree_with_trl(monkeypatch):
         figures = train_dpo.train_step(setup, config, group, optimizer, lr)
         compare("learning_rate", figures["lr"], expected["learning_rate"], 1e-9, relative=True)
         compare("grad_norm", figures["grad_norm"], expected["grad_norm"], 1e-3, relative=True)
-        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
-            compare(name, figures[name], expected[name], 1e-4 if name == "loss" else 1e-3)
+        compare("loss", figures["loss"], expected["loss"], 1e-4)
+        # of ipo, TRL's are sums and ours, as the loss, averages a token
+        for name in ("chosen", "rejected", "margins") if loss != "ipo" else ():
+            compare(name, figures[f"rewards/{name}"], expected[f"rewards/{name}"], 1e-3)
     compare_logps("trained_logps", row_logps(setup), 0.02)
     changes = [(w.detach() - first[n]).double().norm() for n, w in setup.weights.items()]
     change = torch.stack(changes).norm().item()
@@ -393,6 +466,30 @@ def test_the_rate_ends_at_zero_and_warms_up_from_near_it():
     assert all(0 < train_dpo.learning_rate(step, 3, only_warm) <= 1 for step in range(3))
 
 
+def test_linear_and_constant_rates_come_after_the_same_warmup():
+    warm = {"lr": 1.0, "warmup_ratio": 0.2}
+    cosine, linear, constant = [
+        [
+            train_dpo.learning_rate(step, 100, Config(**warm, lr_schedule=name))
+            for step in range(101)
+        ]
+        for name in ("cosine", "linear", "constant")
+    ]
+    assert cosine[:21] == linear[:21] == constant[:21]
+    assert linear[20:] == pytest.approx([1 - k / 80 for k in range(81)]) and linear[100] == 0
+    assert constant[20:] == [1.0] * 81
+    unfit = Config(**{**warm, "warmup_ratio": 0}, lr_schedule="linear")
+    assert train_dpo.learning_rate(0, 100, unfit) == 1
+
+
+def test_a_run_follows_its_schedule_and_a_sweep_of_schedules_shares_one_setup(dpo, setups):
+    assert dpo(lr=2e-4, lr_schedule=["linear", "constant"], output_dir="s/{lr_schedule}") == 0
+    linear, constant = read_metrics("s/linear", "train"), read_metrics("s/constant", "train")
+    assert [row["lr"] for row in linear] == pytest.approx([2e-4, 2e-4 * 2 / 3, 2e-4 / 3])
+    assert [row["lr"] for row in constant] == [2e-4] * 3
+    assert setups[0] is setups[1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_weight_decay_spares_norms_and_biases_and_nothing_else(family):
     weights = dict(build_model(family).named_parameters())
@@ -469,7 +566,6 @@ def test_a_second_run_reads_the_reference_from_the_cache(ready, dpo, passes):
         {"train_pairs": 5},
         {"seed": 7},
         {"batch_size": 2},
-        {"length_normalize": True},
         {"dtype": "bfloat16"},
         {"max_length": 60},
         {"split": "test_prefs", "eval_split": None},
@@ -483,8 +579,7 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
     assert len(passes) - before > CHECKED
     with torch.no_grad():
         row = setup.steps["train"][0][0]
-        average = changes.get("length_normalize", False)
-        logps = sequence_logps(setup.policy(row), row.lengths, average).view(-1, 2)
+        logps = sequence_logps(setup.policy(row), row.lengths).view(-1, 2)
     assert torch.equal(setup.reference["train"][row.pairs], logps)
 
 
@@ -504,6 +599,110 @@ def test_the_cache_is_not_read_for_another_model_at_the_same_path(tmp_path, read
         before = len(passes)
         ready(model=model, reference_cache="cache")
         assert len(passes) - before > CHECKED
+
+
+# Another model as the reference
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """A model of another size whose tokenizer is the tiny model's, without a chat template."""
+    folder = tmp_path_factory.mktemp("other")
+    write_model(folder, "gpt2", seed=5, n_layer=1)
+    (folder / "chat_template.jinja").unlink()
+    return str(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_itself_as_reference_model_is_null_to_the_last_digit(ready, tiny_model, dtype):
+    null, _ = ready(dtype=dtype)
+    same, config = ready(dtype=dtype, reference_model=tiny_model)
+    for split in ("train", "eval"):
+        assert torch.equal(null.reference[split], same.reference[split])
+    assert torch.equal(same.start, null.start)
+    optimizer = train_dpo.make_optimizer(same.weights, config)
+    figures = train_dpo.train_step(same, config, same.steps["train"][0], optimizer, config.lr)
+    assert figures["loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_another_reference_is_that_models_own_log_probabilities(ready, other_model, tiny_model):
+    setup, _ = ready(reference_model=other_model)
+    for found, name in ((setup.reference["eval"], other_model), (setup.start, tiny_model)):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            tokens = plain_row_logps(model, setup.pairs["eval"])
+        expected = sequence_logps(tokens, setup.lengths["eval"].flatten().tolist()).view(-1, 2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_run_against_another_reference_says_so_from_its_first_loss_on(
+    dpo, setups, other_model, capsys
+):
+    settings = {"reference_model": other_model, "reference_cache": "cache", "beta": 0.5}
+    assert dpo(**settings) == 0
+    shown = capsys.readouterr().out
+    assert "The first loss is not ln 2: reference_model is not the policy" in shown
+    name = Path(other_model).name
+    for file in ("report.md", "model/README.md"):
+        assert f"against the reference {name}" in Path("out", file).read_text()
+        assert other_model not in Path("out", file).read_text()
+    before, after = read_metrics(split="eval")
+    h = setups[0].start - setups[0].reference["eval"]
+    margins = 0.5 * (h[:, 0] - h[:, 1])
+    assert before["rewards/margins"] == pytest.approx(margins.mean().item(), rel=1e-5)
+    loss = torch.nn.functional.softplus(-margins).mean().item()
+    assert before["loss"] == pytest.approx(loss, rel=1e-5) and abs(loss - math.log(2)) > 0.01
+    assert before["rewards/margins/change_ci95"] == 0 < after["rewards/margins/change_ci95"]
+    assert dpo(**settings, lr=1e-4, output_dir="b") == 0
+    assert capsys.readouterr().out.count("Reference log-probabilities: read from") == 2
+
+
+def test_the_other_model_is_freed_before_training(ready, other_model, monkeypatch):
+    loaded, load = [], train_dpo.load_reference
+
+    def watched(*given):
+        model = load(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train_dpo, "load_reference", watched)
+    setup, _ = ready(reference_model=other_model)
+    gc.collect()
+    assert loaded[0]() is None and setup.weights
+
+
+def test_another_reference_of_other_tokens_is_refused_with_the_first_of_them(
+    dpo, other_model, tmp_path, capsys
+):
+    tokenizer = AutoTokenizer.from_pretrained(other_model)
+    shutil.copytree(other_model, tmp_path / "more")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert dpo(reference_model="more") == 2
+    shown = capsys.readouterr().out
+    assert "Error: reference_model more: its tokenizer is not that of model" in shown
+    assert (
+        f"1 tokens differ, such as '<extra>', id {len(tokenizer) - 1} there and None here" in shown
+    )
+    assert dpo(reference_model="./nowhere") == 2
+    assert (
+        "Error: reference_model: model ./nowhere: no such file or folder" in capsys.readouterr().out
+    )
+
+
+def test_a_run_does_not_go_on_against_a_reference_that_changed(
+    dpo, other_model, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(other_model, tmp_path / "reference")
+    settings = {"reference_model": "reference", "save_every": 1, "reference_cache": "cache"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo, "finish", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            dpo(**settings)
+    write_model(tmp_path / "reference", "gpt2", seed=6, n_layer=1)
+    assert dpo(**settings) == 2
+    assert "the reference model changed since this run began" in capsys.readouterr().out
+    assert len(list(Path("cache").glob("*.safetensors"))) == 3  # the policy's, and two references
 
 
 # Whole runs and sweeps

@@ -30,6 +30,14 @@ def test_a_small_interval_does_not_show_as_zero():
     assert "-0.000100 ± 0.000020" in text and "± 0.0000 |" not in text
 
 
+def test_pairs_that_did_not_begin_alike_are_compared_by_their_paired_change():
+    rows = held_out(half_width=0.5, **BETTER)
+    assert "Measurable change: none." in verdict.compare(rows)
+    rows[-1]["loss/change_ci95"] = 0.01
+    assert "-0.0931 ± 0.0100" in verdict.compare(rows)
+    assert "Measurable change: loss." in verdict.compare(rows)
+
+
 def conclusion(rows, answers=(), trained=4, skipped=(), **settings):
     (config,), _ = read_config(CONFIG, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
     steps = [{"step": step} for step in range(trained)]
