@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from support.errors import InputError, first_line
 from support.processes import say
-from support.sources import MissingSplit, open_source, read_records
+from support.sources import MissingSplit, open_source, read_records, split_names
 from support.template import compare_template
 
 # Columns by name. A new name goes into one of these three, a new structure into SHAPES below.
@@ -190,16 +190,14 @@ def load_records(source, split, stand_ins, evaluation=False):
     returns     a sequence of dict
     """
     parts = {}
-    for part in source.split(","):
-        if not part.strip():
-            continue
-        name, own_split = _name_and_split(part.strip())
+    for name, own_split in split_names(source):
         wanted = split
         if own_split and not evaluation:
             wanted = own_split
         if (name, wanted) in parts:
             continue
-        read = partial(read_records, split=wanted, evaluation=evaluation)
+        must_have_it = evaluation or own_split is not None
+        read = partial(read_records, split=wanted, required=must_have_it)
         try:
             parts[name, wanted] = open_source(name, "dataset", stand_ins, read)
         except MissingSplit:
@@ -208,12 +206,6 @@ def load_records(source, split, stand_ins, evaluation=False):
     if not parts:
         return []
     return torch.utils.data.ConcatDataset(parts.values())
-
-
-def _name_and_split(part):
-    """ "name:split" as both; the colon of a path or a drive is none of these."""
-    match = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL)
-    return match.groups()
 
 
 def visiting_order(count, shuffle, seed):

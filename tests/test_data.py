@@ -484,7 +484,7 @@ def test_a_colon_of_a_path_is_not_taken_for_a_split(path, monkeypatch):
         return load("x.jsonl")
 
     monkeypatch.setattr(data, "open_source", open_source)
-    monkeypatch.setattr(data, "read_records", lambda _, split, evaluation: [split])
+    monkeypatch.setattr(data, "read_records", lambda _, split, required: [split])
     assert list(data.load_records(path, "own", {})) == ["own"]
     assert list(data.load_records(path + ":other", "own", {})) == ["other"]
     assert asked == [path, path]
