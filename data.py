@@ -163,6 +163,8 @@ def _no_usable_pair(source, records, drops):
     lines = [f"dataset {source}: no usable pair in {drops.total()} records."]
     for reason, number in drops.most_common(10):
         lines.append(f"  {number:6d}  {reason}")
+    if drops["no room for an answer"]:
+        lines.append("max_length holds prompt and answer: set it well above max_prompt_length")
     if len(records) and not drops:
         lines.append("All are held out for evaluation: set eval_pairs=0, or give more records")
     for index in range(len(records)):

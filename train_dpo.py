@@ -122,7 +122,7 @@ def run(configs, varied, options):
     for config in configs:
         folder = Path(config.output_dir)
         with failures.noted(config):
-            if not (options.overwrite or options.dry_run) and is_finished(folder, config):
+            if not options.dry_run and is_finished(folder, config, options.overwrite):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
                 say(f"{folder} is finished. Add --overwrite to train it anew.")
                 continue

@@ -149,14 +149,33 @@ def _check_writable(folder, setting):
         raise InputError(f"{fault}. Give another {setting}") from error
 
 
-def is_finished(folder, config):
-    """Whether the run in this folder is; raises InputError if its settings are not these."""
+def is_finished(folder, config, overwrite=False):
+    """Whether the run in this folder is finished and to be left alone.
+
+    raises   InputError if its settings are not these, or if the folder is not a run's
+    """
     path = folder / "config.yaml"
+    _check_is_a_runs(folder)
+    if overwrite:
+        return False
     if path.exists():
         changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
     return (folder / "model").exists()
+
+
+def _check_is_a_runs(folder):
+    """Refuse a folder that holds the program, or a config.yaml that a run has not written."""
+    settings = folder / "config.yaml"
+    program = folder / "train_dpo.py"
+    of_a_run = (folder / ".lock").exists() or (folder / "metrics.jsonl").exists()
+    if program.exists() or (settings.exists() and not of_a_run):
+        found = program if program.exists() else settings
+        raise InputError(
+            f"output_dir {folder} is no run's folder, for it holds {found.name}: what is there "
+            "would be replaced. Give a folder of its own, such as output_dir=runs/mine"
+        )
 
 
 def _read_noted(path):
