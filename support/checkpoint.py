@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from support.config import Config, changes_on_resume
 from support.errors import InputError
 from support.files import digest_tensors, read_tensors, write_tensors, write_text
-from support.processes import gather, is_first, say, shard_like, wait_for_all
+from support.processes import fail_together, gather, is_first, say, shard_like
 from support.sources import stand_ins_used
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
@@ -106,10 +106,14 @@ def _check_origin(folder, metadata, origin):
 def check_room(config, model, weights):
     """Refuse to begin what could not be written: a folder that is read-only, or too full a disk.
 
-    raises  InputError
+    raises  InputError, in all processes
     """
-    if not is_first():
-        return
+    with fail_together(config.device):
+        if is_first():
+            _check_room(config, model, weights)
+
+
+def _check_room(config, model, weights):
     run = Path(config.output_dir)
     _check_writable(run, "output_dir")
     if config.reference_cache:
@@ -199,13 +203,13 @@ def claim(folder, config, overwrite):
 
     A dead process does not keep the lock. Several processes all wait for the first one's.
 
-    raises   InputError if another process holds it
+    raises   InputError, in all processes, if another one holds it
     """
     lock = FileLock(folder / ".lock")
-    if is_first():
-        _acquire(lock, folder)
-        _prepare_folder(folder, config, overwrite)
-    wait_for_all()
+    with fail_together(config.device):
+        if is_first():
+            _acquire(lock, folder)
+            _prepare_folder(folder, config, overwrite)
     try:
         yield
     finally:
