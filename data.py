@@ -8,6 +8,7 @@ How files and the Hub are read is in support/sources.py.
 import json
 import random
 import re
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,9 @@ from itertools import islice
 import torch
 from jinja2 import TemplateError
 
-from support.errors import InputError, first_line
+from support.errors import InputError, first_line, shorten
 from support.processes import say
-from support.sources import MissingSplit, open_source, read_records, split_names
+from support.sources import MissingSplit, Sets, open_source, read_records, split_names
 from support.template import compare_template
 
 # Columns by name. A new name goes into one of these three, a new structure into SHAPES below.
@@ -50,12 +51,14 @@ class Pair:
     """One preference: token ids of a prompt and of its two answers, end-of-turn token included."""
 
     index: int  # its record's position in the data set
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    prompt_ids: array  # of int32
+    chosen_ids: array
+    rejected_ids: array
     prompt: str = ""  # the prompt's messages as JSON
     cut: bool = False  # whether the prompt or an answer lost tokens to a limit
     reversed: bool = False  # whether the chosen answer has the lower score
+    shape: str = ""  # what its record was recognised as
+    unused: tuple[str, ...] = ()  # the record's columns that are filled and were not used
 
     @property
     def tokens(self):
@@ -89,9 +92,10 @@ class Row:
     targets: torch.Tensor
 
 
-def load_pairs(config, tokenizer):
+def load_pairs(config, tokenizer, look=None):
     """Training and evaluation pairs as the config asks for them; no prompt stands in both.
 
+    look     called with Sets and the pairs of them; once more where evaluation has Sets of its own
     returns  {"train": list of Pair, "eval": list of Pair} and {"train": Counter, "eval": Counter}
              of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
@@ -124,6 +128,11 @@ def load_pairs(config, tokenizer):
         number = f"{wanted:,} of {len(records):,} records"
         say(f"train_pairs={wanted}: {number} are trained on; train_pairs=0 takes all")
     _say_what_is_odd(pairs, encoder, records)
+    if look is not None and eval_records is records:
+        look(records, train + held_out)
+    elif look is not None:
+        look(records, train)
+        look(eval_records, held_out)
     return pairs, drops
 
 
@@ -171,16 +180,9 @@ def _no_usable_pair(source, records, drops):
         try:
             to_messages(records[index])
         except Drop as reason:
-            lines += [f"Record {index}: {reason}", *_beginnings(records[index]), ACCEPTED_COLUMNS]
+            lines += [f"Record {index}: {reason}", *shorten(records[index]), ACCEPTED_COLUMNS]
             break
     return InputError("\n".join(lines))
-
-
-def _beginnings(record):
-    """Lines with the columns of a record, each with how its value begins."""
-    if not isinstance(record, dict):
-        return [f"  {repr(record)[:80]}"]
-    return [f"  {column} = {repr(value)[:80]}" for column, value in record.items()]
 
 
 def load_records(source, split, stand_ins, evaluation=False):
@@ -189,25 +191,24 @@ def load_records(source, split, stand_ins, evaluation=False):
     split       the split of every name that gives none
     stand_ins   as in open_source
     evaluation  take `split` of every name that has it, once, and skip the others
-    returns     a sequence of dict
+    returns     Sets, or nothing where no name has the split
     """
-    parts = {}
+    sets = {}
     for name, own_split in split_names(source):
         wanted = split
         if own_split and not evaluation:
             wanted = own_split
-        if (name, wanted) in parts:
+        label = f"{name}:{wanted}" if wanted else name
+        if label in sets:
             continue
         must_have_it = evaluation or own_split is not None
         read = partial(read_records, split=wanted, required=must_have_it)
         try:
-            parts[name, wanted] = open_source(name, "dataset", stand_ins, read)
+            sets[label] = open_source(name, "dataset", stand_ins, read)
         except MissingSplit:
             if not evaluation:
                 raise
-    if not parts:
-        return []
-    return torch.utils.data.ConcatDataset(parts.values())
+    return Sets(sets) if sets else []
 
 
 def visiting_order(count, shuffle, seed):
@@ -456,8 +457,9 @@ class PairEncoder:
         rejected_ids = rejected_ids[:room]
         drop_if(chosen_ids == rejected_ids, "same text once cut")
         is_reversed = scores is not None and scores[0] < scores[1]
-        prompt = json.dumps(messages)
-        return Pair(index, kept, chosen_ids, rejected_ids, prompt, cut, is_reversed)
+        # a list of numbers takes nine times the memory
+        ids = [array("i", part) for part in (kept, chosen_ids, rejected_ids)]
+        return Pair(index, *ids, json.dumps(messages), cut, is_reversed)
 
     def _check(self, messages, chosen, rejected, scores):
         """Drop what is no preference, no text, or spells a control token of the model."""

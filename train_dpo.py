@@ -28,6 +28,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,8 +134,9 @@ def run(configs, varied, options):
                 if varied:
                     initial = {name: w.detach().clone() for name, w in setup.weights.items()}
             if options.dry_run:
-                dry_run.show(setup, config)
-                return 0
+                dry_run.estimate(setup, config)
+                prepared_for = config
+                continue
             prepared_for = None  # a run that fails in the middle leaves its setup to no other
             with claim(folder, config, options.overwrite), processes.finish_step_first():
                 # every run of a sweep starts from the same weights
@@ -143,7 +145,7 @@ def run(configs, varied, options):
                 train(setup, config, folder)
                 finish(setup, config, folder)
             prepared_for = config
-    if varied:
+    if varied and not options.dry_run:
         sweep.summarize_sweep(configs, varied, failed=failures.reasons)
     return failures.summarize()
 
@@ -445,7 +447,7 @@ def reference_logps(setup, config):
 
     rows = []
     for part in setup.rows.values():
-        rows += [[row.pairs, row.input_ids.tolist(), row.segments] for row in part]
+        rows += [[row.pairs, digest_tensors({"": row.input_ids}), row.segments] for row in part]
     # whatever changes a log-probability's last digit, but for this code itself
     depends_on = {
         **numerics(config),
@@ -469,7 +471,8 @@ def prepare(config, dry=False):
     raises   InputError
     """
     model, tokenizer = load_model(config)
-    pairs, drops = data.load_pairs(config, tokenizer)
+    look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
+    pairs, drops = data.load_pairs(config, tokenizer, look)
     origin = {"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)}
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row)

@@ -8,6 +8,7 @@ import contextlib
 import glob
 import os
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub import HfApi, constants, get_session, try_to_load_from_cache
+from torch.utils.data import ConcatDataset
 
 from support.errors import InputError, first_line
 from support.explain import explain
@@ -52,6 +54,19 @@ class HubSet:
         if path.count("/") == 2:
             repository, _, configuration = path.rpartition("/")
         return cls(repository, configuration, revision or None)
+
+
+class Sets(ConcatDataset):
+    """Several sets as one sequence of records; `names` are theirs."""
+
+    def __init__(self, sets):
+        """sets  {name: sequence of dict}"""
+        super().__init__(sets.values())
+        self.names = list(sets)
+
+    def name_of(self, index):
+        """The name of the set that a record is from."""
+        return self.names[bisect_right(self.cumulative_sizes, index)]
 
 
 def split_names(sources):

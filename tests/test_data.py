@@ -247,7 +247,7 @@ def test_the_end_of_turn_is_trained_on_whatever_pads(pad):
     end = build_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == end
     row = data.make_row([pair], [0])
-    assert row.targets.tolist() == pair.chosen_ids + pair.rejected_ids
+    assert row.targets.tolist() == [*pair.chosen_ids, *pair.rejected_ids]
 
 
 def test_the_end_of_turn_is_what_the_template_renders_after_an_answer():
