@@ -9,6 +9,7 @@ How files and the Hub are read is in support/sources.py, what columns mean in su
 import json
 import random
 import re
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,10 @@ from itertools import islice
 import torch
 from jinja2 import TemplateError
 
-from support.errors import InputError, first_line
+from support.errors import InputError, first_line, shorten
 from support.processes import say
 from support.shapes import absent_columns, accepted_columns, read_preference
-from support.sources import MissingSplit, open_source, read_records
+from support.sources import MissingSplit, Sets, open_source, read_records, split_names
 from support.template import compare_template
 from support.turns import Drop, drop_if
 
@@ -30,12 +31,14 @@ class Pair:
     """One preference: token ids of a prompt and of its two answers, end-of-turn token included."""
 
     index: int  # its record's position in the data set
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
+    prompt_ids: array  # of int32
+    chosen_ids: array
+    rejected_ids: array
     prompt: str = ""  # the prompt's messages as JSON
     cut: bool = False  # whether the prompt or an answer lost tokens to a limit
     reversed: bool = False  # whether the chosen answer has the lower score
+    shape: str = ""  # what its record was recognised as
+    unused: tuple[str, ...] = ()  # the record's columns that are filled and were not used
 
     @property
     def tokens(self):
@@ -69,9 +72,10 @@ class Row:
     targets: torch.Tensor
 
 
-def load_pairs(config, tokenizer):
+def load_pairs(config, tokenizer, look=None):
     """Training and evaluation pairs as the config asks for them; no prompt stands in both.
 
+    look     called with Sets and the pairs of them; once more where evaluation has Sets of its own
     returns  {"train": list of Pair, "eval": list of Pair} and {"train": Counter, "eval": Counter}
              of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
@@ -106,6 +110,11 @@ def load_pairs(config, tokenizer):
         number = f"{wanted:,} of {len(records):,} records"
         say(f"train_pairs={wanted}: {number} are trained on; train_pairs=0 takes all")
     _say_what_is_odd(pairs, encoder, records)
+    if look is not None and eval_records is records:
+        look(records, train + held_out)
+    elif look is not None:
+        look(records, train)
+        look(eval_records, held_out)
     return pairs, drops
 
 
@@ -172,22 +181,17 @@ def _no_usable_pair(source, records, drops, columns):
     lines = [f"dataset {source}: no usable pair in {drops.total()} records."]
     for reason, number in drops.most_common(10):
         lines.append(f"  {number:6d}  {reason}")
+    if drops["no room for an answer"]:
+        lines.append("max_length holds prompt and answer: set it well above max_prompt_length")
     if len(records) and not drops:
         lines.append("All are held out for evaluation: set eval_pairs=0, or give more records")
     for index in range(len(records)):
         try:
             read_preference(records[index], columns)
         except Drop as reason:
-            lines += [f"Record {index}: {reason}", *_beginnings(records[index]), accepted_columns()]
+            lines += [f"Record {index}: {reason}", *shorten(records[index]), accepted_columns()]
             break
     return InputError("\n".join(lines))
-
-
-def _beginnings(record):
-    """Lines with the columns of a record, each with how its value begins."""
-    if not isinstance(record, dict):
-        return [f"  {repr(record)[:80]}"]
-    return [f"  {column} = {repr(value)[:80]}" for column, value in record.items()]
 
 
 def load_records(source, split, stand_ins, evaluation=False):
@@ -196,33 +200,24 @@ def load_records(source, split, stand_ins, evaluation=False):
     split       the split of every name that gives none
     stand_ins   as in open_source
     evaluation  take `split` of every name that has it, once, and skip the others
-    returns     a sequence of dict
+    returns     Sets, or nothing where no name has the split
     """
-    parts = {}
-    for part in source.split(","):
-        if not part.strip():
-            continue
-        name, own_split = _name_and_split(part.strip())
+    sets = {}
+    for name, own_split in split_names(source):
         wanted = split
         if own_split and not evaluation:
             wanted = own_split
-        if (name, wanted) in parts:
+        label = f"{name}:{wanted}" if wanted else name
+        if label in sets:
             continue
-        read = partial(read_records, split=wanted, evaluation=evaluation)
+        must_have_it = evaluation or own_split is not None
+        read = partial(read_records, split=wanted, required=must_have_it)
         try:
-            parts[name, wanted] = open_source(name, "dataset", stand_ins, read)
+            sets[label] = open_source(name, "dataset", stand_ins, read)
         except MissingSplit:
             if not evaluation:
                 raise
-    if not parts:
-        return []
-    return torch.utils.data.ConcatDataset(parts.values())
-
-
-def _name_and_split(part):
-    """ "name:split" as both; the colon of a path or a drive is none of these."""
-    match = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL)
-    return match.groups()
+    return Sets(sets) if sets else []
 
 
 def visiting_order(count, shuffle, seed):
@@ -343,8 +338,18 @@ class PairEncoder:
         drop_if(chosen_ids == rejected_ids, "same text once cut")
         scores = preference.scores
         is_reversed = scores is not None and scores[0] < scores[1]
-        prompt = json.dumps(preference.messages)
-        return Pair(index, kept, chosen_ids, rejected_ids, prompt, cut, is_reversed)
+        return Pair(
+            index=index,
+            # a list of numbers takes nine times the memory
+            prompt_ids=array("i", kept),
+            chosen_ids=array("i", chosen_ids),
+            rejected_ids=array("i", rejected_ids),
+            prompt=json.dumps(preference.messages),
+            cut=cut,
+            reversed=is_reversed,
+            shape=preference.shape,
+            unused=preference.unused,
+        )
 
     def _check(self, preference):
         """Drop what is no preference, no text, or spells a control token of the model."""

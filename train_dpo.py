@@ -28,6 +28,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ def run(configs, varied, options):
     for config in configs:
         folder = Path(config.output_dir)
         with failures.noted(config):
-            if not (options.overwrite or options.dry_run) and is_finished(folder, config):
+            if not options.dry_run and is_finished(folder, config, options.overwrite):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
                 say(f"{folder} is finished. Add --overwrite to train it anew.")
                 continue
@@ -137,8 +138,9 @@ def run(configs, varied, options):
                 if varied:
                     initial = {name: w.detach().clone() for name, w in setup.weights.items()}
             if options.dry_run:
-                dry_run.show(setup, config)
-                return 0
+                dry_run.estimate(setup, config)
+                prepared_for = config
+                continue
             prepared_for = None  # a run that fails in the middle leaves its setup to no other
             with claim(folder, config, options.overwrite), processes.finish_step_first():
                 # every run of a sweep starts from the same weights
@@ -147,7 +149,7 @@ def run(configs, varied, options):
                 train(setup, config, folder)
                 finish(setup, config, folder)
             prepared_for = config
-    if varied:
+    if varied and not options.dry_run:
         sweep.summarize_sweep(configs, varied, failed=failures.reasons)
     return failures.summarize()
 
@@ -464,7 +466,8 @@ def prepare(config, dry=False):
     raises   InputError
     """
     model, tokenizer = load_model(config)
-    pairs, drops = data.load_pairs(config, tokenizer)
+    look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
+    pairs, drops = data.load_pairs(config, tokenizer, look)
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
     setup = Setup(

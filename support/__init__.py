@@ -4,14 +4,15 @@ The top level is what you read to understand or change DPO; support/ keeps a run
 it. No room imports anything of the top level: what a room needs of it comes as an argument.
 
 config      settings, read and checked            checkpoint  a run's folder, lock and checkpoints
-sources     files, the Hub, its cache, stand-ins  run_log     metrics.jsonl, tracker, progress bar
-explain     the Hub's errors in plain words       report      curves, report.md, model card
-model       loading, LoRA, float32, saving        verdict     what an evaluation can claim, advice
-adapters    a model that is an adapter, merged    preference  what the reference prefers by itself
-template    a chat template against generation    sweep       a sweep's table and picture
-machine     device and dtype, speed, memory       dry_run     a pair as the model sees it, the cost
-checks      what is asked of model and pairs      sampler     answers that a model gives
-processes   torchrun's ranks, signals, printing   failures    what ends a run, what to do then
-files       files written whole or not at all     cache       tensors that runs share
-errors      InputError
+sources     names, the Hub, its cache, stand-ins  run_log     metrics.jsonl, tracker, progress bar
+readers     files and folders of records          report      curves, report.md, model card
+shapes      which columns mean what               verdict     what an evaluation can claim, advice
+turns       what a cell says, as turns            preference  what the reference prefers by itself
+explain     the Hub's errors in plain words       sweep       a sweep's table and picture
+model       loading, LoRA, float32, saving        dry_run     the data and a pair, the cost
+adapters    a model that is an adapter, merged    sampler     answers that a model gives
+template    a chat template against generation    failures    what ends a run, what to do then
+machine     device and dtype, speed, memory       cache       tensors that runs share
+checks      what is asked of model and pairs      processes   torchrun's ranks, signals, printing
+files       files written whole or not at all     errors      InputError
 """

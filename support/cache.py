@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from support.files import read_tensors, write_tensors
+from support.files import digest_tensors, read_tensors, write_tensors
 from support.machine import numerics
 from support.processes import say
 
@@ -40,7 +40,7 @@ def logps_key(config, setup, splits):
     rows = []
     for split in splits:
         for row in setup.rows[split]:
-            rows.append([row.pairs, row.input_ids.tolist(), row.segments])
+            rows.append([row.pairs, digest_tensors({"": row.input_ids}), row.segments])
     return {
         **numerics(config),
         "weights": setup.origin["model"],

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from support.config import Config, changes_on_resume
 from support.errors import InputError
 from support.files import digest_tensors, read_tensors, write_tensors, write_text
-from support.processes import gather, is_first, say, shard_like, wait_for_all
+from support.processes import fail_together, gather, is_first, say, shard_like
 from support.sources import stand_ins_used
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
@@ -106,10 +106,14 @@ def _check_origin(folder, metadata, origin):
 def check_room(config, model):
     """Refuse to begin what could not be written: a folder that is read-only, or too full a disk.
 
-    raises  InputError
+    raises  InputError, in all processes
     """
-    if not is_first():
-        return
+    with fail_together(config.device):
+        if is_first():
+            _check_room(config, model)
+
+
+def _check_room(config, model):
     run = Path(config.output_dir)
     _check_writable(run, "output_dir")
     if config.reference_cache:
@@ -150,14 +154,33 @@ def _check_writable(folder, setting):
         raise InputError(f"{fault}. Give another {setting}") from error
 
 
-def is_finished(folder, config):
-    """Whether the run in this folder is; raises InputError if its settings are not these."""
+def is_finished(folder, config, overwrite=False):
+    """Whether the run in this folder is finished and to be left alone.
+
+    raises   InputError if its settings are not these, or if the folder is not a run's
+    """
     path = folder / "config.yaml"
+    _check_is_a_runs(folder)
+    if overwrite:
+        return False
     if path.exists():
         changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
     return (folder / "model").exists()
+
+
+def _check_is_a_runs(folder):
+    """Refuse a folder that holds the program, or a config.yaml that a run has not written."""
+    settings = folder / "config.yaml"
+    program = folder / "train_dpo.py"
+    of_a_run = (folder / ".lock").exists() or (folder / "metrics.jsonl").exists()
+    if program.exists() or (settings.exists() and not of_a_run):
+        found = program if program.exists() else settings
+        raise InputError(
+            f"output_dir {folder} is no run's folder, for it holds {found.name}: what is there "
+            "would be replaced. Give a folder of its own, such as output_dir=runs/mine"
+        )
 
 
 def _read_noted(path):
@@ -181,13 +204,13 @@ def claim(folder, config, overwrite):
 
     A dead process does not keep the lock. Several processes all wait for the first one's.
 
-    raises   InputError if another process holds it
+    raises   InputError, in all processes, if another one holds it
     """
     lock = FileLock(folder / ".lock")
-    if is_first():
-        _acquire(lock, folder)
-        _prepare_folder(folder, config, overwrite)
-    wait_for_all()
+    with fail_together(config.device):
+        if is_first():
+            _acquire(lock, folder)
+            _prepare_folder(folder, config, overwrite)
     try:
         yield
     finally:

@@ -87,7 +87,8 @@ def check_noise(policy, row):
     if not difference <= 1e-5:
         say(
             f"Warning: the model computes with noise in training ({difference:.1e} nat a token): "
-            "the first loss will not be ln 2, and a resumed run will not end with the same bytes"
+            "the first loss will not be that of a margin of 0, and a resumed run will not end with "
+            "the same bytes"
         )
 
 

@@ -1,24 +1,74 @@
-"""What --dry-run shows before anything is trained: a pair as the model sees it, time and memory."""
+"""What --dry-run shows before anything is trained: the data, a pair as the model sees it, the cost.
 
+Of each data set its shapes, what of it is not used and what its preferences have in common, and a
+record beside the pair made of it.
+"""
+
+import json
 import sys
+from collections import Counter
 
 import torch
 from torch.utils.benchmark import Timer
 
+from support.errors import shorten
 from support.processes import WORLD, say
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
+SHOWN_TOKENS = (60, 30)  # of the beginning and of the end of a long text
 
 
-def show(setup, config):
-    """Print the first pair and the estimate, of the Setup that a run would train on."""
-    first = setup.pairs["train"][0]
-    show_pair(first, setup.tokenizer)
-    steps = config.epochs * len(setup.steps["train"])
-    trained = 0
-    for weight in setup.weights.values():
-        trained += weight.numel()
-    estimate(setup.policy, setup.rows, steps, trained, config)
+def look(sets, pairs, tokenizer):
+    """Print what was made of each data set.
+
+    sets   support.sources.Sets
+    pairs  list of data.Pair, whose indices point into sets
+    """
+    by_set = {name: [] for name in sets.names}
+    for pair in pairs:
+        by_set[sets.name_of(pair.index)].append(pair)
+    for name, part in by_set.items():
+        say(f"=== {name}: {len(part)} pairs")
+        if part:
+            say("\n".join(describe(part)))
+            say("\n".join(["--- a record", *shorten(sets[part[0].index])]))
+            show_pair(part[0], tokenizer)
+    say("===")
+
+
+def describe(pairs):
+    """Lines on the pairs of a set: shapes, columns not used, scores, lengths, prompts, turns."""
+    shapes = Counter()
+    unused = Counter()
+    prompts = Counter()
+    longer = 0
+    lower = 0
+    dialogues = 0
+    for pair in pairs:
+        shapes[pair.shape] += 1
+        unused.update(pair.unused)
+        prompts[pair.prompt] += 1
+        longer += len(pair.chosen_ids) > len(pair.rejected_ids)
+        lower += pair.reversed
+        roles = [message["role"] for message in json.loads(pair.prompt)]
+        dialogues += "assistant" in roles
+    repeated = sum(times > 1 for times in prompts.values())
+    lines = [
+        f"  prefer the answer of lower score: {lower}",
+        f"  prefer the longer answer: {longer / len(pairs):.0%}",
+        f"  prompts in more than one pair: {repeated / len(prompts):.0%}",
+    ]
+    if any(shapes):
+        lines.insert(0, f"  recognised as: {_list(shapes)}")
+        lines.insert(1, f"  filled columns not used: {_list(unused)}")
+    if dialogues:
+        lines.append(f"  of several turns, of which only the last answer is scored: {dialogues}")
+    return lines
+
+
+def _list(counts):
+    named = [f"{name} ({number})" for name, number in counts.most_common() if name]
+    return ", ".join(named) or "none"
 
 
 def show_pair(pair, tokenizer):
@@ -29,9 +79,17 @@ def show_pair(pair, tokenizer):
         ("chosen", GREEN, pair.chosen_ids),
         ("rejected", RED, pair.rejected_ids),
     ]
+    first, last = SHOWN_TOKENS
     for title, color, ids in parts:
+        left_out = len(ids) - first - last
+        if left_out < 10:
+            left_out = 0
         text = ""
-        for token in ids:
+        for place, token in enumerate(ids):
+            if place == first and left_out:
+                text += f" [... {left_out} tokens ...] "
+            if left_out and first <= place < first + left_out:
+                continue
             code = PURPLE if token in special else color
             text += _paint(tokenizer.decode(token), code)
         say(f"--- {title}, {len(ids)} tokens\n{text}")
@@ -45,23 +103,25 @@ def _paint(text, code):
 
 
 @torch.no_grad()
-def estimate(policy, rows, steps, trained, config):
+def estimate(setup, config):
     """Print what a run would take: minutes, measured on its longest row, and memory.
 
-    policy   called with a row
-    rows     "train" and "eval" -> list of data.Row
-    steps    optimizer steps of the run
-    trained  number of trained weights
+    setup   the Setup that the run would train on
     """
+    rows = setup.rows
+    steps = config.epochs * len(setup.steps["train"])
+    trained = 0
+    for weight in setup.weights.values():
+        trained += weight.numel()
     longest = max(rows["train"], key=lambda row: len(row.input_ids))
     tokens = len(longest.input_ids)
-    names = {"policy": policy, "row": longest}
+    names = {"policy": setup.policy, "row": longest}
     timer = Timer("policy(row)", globals=names, num_threads=torch.get_num_threads())
     seconds_a_token = timer.timeit(1).median / tokens
     minutes = _tokens_in_all(rows, steps, config) * seconds_a_token / WORLD / 60
-    memory = _memory(policy.model, trained, tokens, config)
-    gigabytes = memory / 1e9
-    say(f"Estimate: {minutes:.1f} minutes and {gigabytes:.1f} GB for each process")
+    memory = _memory(setup.model, trained, tokens, config)
+    cost = f"{minutes:.1f} minutes and {memory / 1e9:.1f} GB for each process"
+    say(f"Estimate for {config.output_dir}: {cost}")
 
 
 def _tokens_in_all(rows, steps, config):

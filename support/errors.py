@@ -1,4 +1,9 @@
-"""What goes wrong on the user's side, in words that say what to do."""
+"""What goes wrong on the user's side, in words that say what to do and show what was read."""
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 70  # letters of a text
 
 
 class InputError(ValueError):
@@ -17,3 +22,13 @@ def first_line(error):
         second = lines[1].strip()
         first = f"{first} {second}"
     return f"{kind}: {first[:300]}"
+
+
+def shorten(record):
+    """Lines with the columns of a record, each with how its value begins and ends."""
+    if not isinstance(record, dict):
+        return [f"  {_SHORT.repr(record)}"]
+    lines = []
+    for column, value in record.items():
+        lines.append(f"  {column} = {_SHORT.repr(value)}")
+    return lines

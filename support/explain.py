@@ -62,8 +62,9 @@ def _configurations(errors, name):
             return (
                 f"it holds several sets ({', '.join(choices)}): give the path of one of its files"
             )
-        base = "/".join(name.split("/")[:2])
-        choice = f"dataset={base}/{choices[0]}"
+        path, at, revision = name.partition("@")
+        repository = "/".join(path.split("/")[:2])
+        choice = f"dataset={repository}/{choices[0]}{at}{revision}"
         return f"it has the configurations {', '.join(choices)}. Choose one: {choice}"
     return None
 
@@ -83,7 +84,10 @@ def _weights_as_bin(errors, name, kind):
 
 def _refusal(errors, name, kind):
     """Of a request that the Hub refused: what would let it pass."""
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    page = f"{constants.ENDPOINT}/{name}"
+    if kind == "dataset":
+        repository = "/".join(name.partition("@")[0].split("/")[:2])
+        page = f"{constants.ENDPOINT}/datasets/{repository}"
     for error in errors:
         if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
             return f"it is gated. Ask for access on {page}, then run: hf auth login"

@@ -44,7 +44,7 @@ def digest_pairs(pairs):
     for split, part in pairs.items():
         digest.update(split.encode())
         for pair in part:
-            ids = [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+            ids = [list(pair.prompt_ids), list(pair.chosen_ids), list(pair.rejected_ids)]
             digest.update(json.dumps(ids).encode())
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from support.adapters import find_adapter, merge
 from support.errors import InputError
 from support.processes import WORLD, say
-from support.sources import announce_download, bases_used, note_commit, open_source
+from support.sources import (
+    announce_download,
+    bases_used,
+    note_commit,
+    open_source,
+    stand_ins_used,
+)
 
 
 def load_model(config):
@@ -162,12 +169,14 @@ def _disable_dropout(model):
 def add_adapter(model, config):
     """Put LoRA matrices (arXiv 2106.09685) beside the model's layers; they alone are trained.
 
-    raises   InputError where the model has no layer that lora_target_modules names
+    raises   InputError where the model has no layer that lora_target_modules names, or it names
+             the LM head, which a row that shares a prompt computes by its base weights
     """
     from peft import LoraConfig
 
     torch.manual_seed(config.seed)
-    model.name_or_path = config.model  # what adapter_config.json names, instead of a path of here
+    # adapter_config.json names what was used, as the config does: not the path it was found at
+    model.name_or_path = stand_ins_used.get(config.model, config.model)
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -178,8 +187,13 @@ def add_adapter(model, config):
     )
     try:
         model.add_adapter(lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise InputError(f"lora_target_modules: {error}") from error
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise InputError(
+            "lora_target_modules: it names the LM head too, of which an adapter would not be "
+            "trained here. Leave it out, or give all-linear"
+        )
 
 
 def place_weights(policy, config):

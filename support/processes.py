@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
+from support.errors import InputError
+
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 _signals = []  # numbers of SIGINT and SIGTERM, once they have arrived
@@ -66,17 +68,26 @@ def progress(title, total, done=0):
     return tqdm(desc=title, total=total, initial=done, disable=hidden, **shape)
 
 
-def wait_for_all():
-    """Return once all processes are here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def sum_over_processes(tensor):
     """The sum of a tensor over all processes, in place."""
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def fail_together(device):
+    """Raise the first process's InputError in all of them, which else wait for it in vain."""
+    fault = None
+    try:
+        yield
+    except InputError as error:
+        fault = error
+    failed = sum_over_processes(torch.tensor(float(fault is not None), device=device))
+    if fault:
+        raise fault
+    if failed:
+        raise InputError("another process has found what is wrong")
 
 
 def whole(tensor):

@@ -1,8 +1,8 @@
 """What a run leaves to be read: its pairs in numbers, curves.png, report.md, the model card."""
 
+import glob
 import math
 import os
-import re
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +16,14 @@ from support.files import write_atomically, write_text
 from support.machine import peak_memory
 from support.processes import is_first
 from support.run_log import read_rows
-from support.sources import bases_used, package_file, revisions_used, stand_ins_used
+from support.sources import (
+    HubSet,
+    bases_used,
+    package_file,
+    revisions_used,
+    split_names,
+    stand_ins_used,
+)
 from support.verdict import compare, conclude, markdown
 
 PANELS = [  # of curves.png, each with its lines
@@ -69,7 +76,8 @@ def describe_pairs(pairs, drops, config):
 
 def is_on_hub(name):
     """Whether what was used for a source came from the Hub: it is no path, nor had a stand-in."""
-    return name not in stand_ins_used and not os.path.exists(package_file(name))
+    is_path = glob.has_magic(name) or os.path.exists(package_file(name))
+    return name not in stand_ins_used and not is_path
 
 
 def public_name(name):
@@ -77,17 +85,6 @@ def public_name(name):
     if is_on_hub(name):
         return name
     return os.path.basename(os.path.abspath(stand_ins_used.get(name, name)))
-
-
-def split_sources(sources):
-    """Pairs of name and ":split" (or "") from a setting such as "a.jsonl, b:split"."""
-    pairs = []
-    for source in sources.split(","):
-        # the colon of a path or a drive begins no split
-        match = re.fullmatch(r"(.+?)\s*(:\s*[^:/\\]+)?", source.strip())
-        if match:
-            pairs.append((match[1], match[2] or ""))
-    return pairs
 
 
 def public_settings(config):
@@ -98,7 +95,10 @@ def public_settings(config):
         settings["reference_model"] = public_name(config.reference_model)
     for name in ("dataset", "eval_dataset"):
         if settings[name]:
-            parts = [public_name(n) + split for n, split in split_sources(settings[name])]
+            parts = []
+            for source, split in split_names(settings[name]):
+                public = public_name(source)
+                parts.append(f"{public}:{split}" if split else public)
             settings[name] = ", ".join(parts)
     return settings
 
@@ -209,7 +209,10 @@ def _card_metadata(config):
     about = {"license": "other"}
     if is_on_hub(config.model):
         about["base_model"] = config.model
-    names = [name for name, _ in split_sources(config.dataset) if is_on_hub(name)]
-    if names:
-        about["datasets"] = names
+    repositories = []
+    for name, _ in split_names(config.dataset):
+        if is_on_hub(name):
+            repositories.append(HubSet.from_name(name).repository)
+    if repositories:
+        about["datasets"] = repositories
     return yaml.safe_dump(about)

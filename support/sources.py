@@ -1,46 +1,93 @@
 """Where models and preference sets come from: files, the Hub, its cache, and stand-ins for it.
 
-open_source finds what a name stands for; read_records reads a preference set into records.
+split_names takes a setting apart, open_source finds what a name stands for, and read_records reads
+a preference set: of files and folders by support/readers.py, of the Hub by `datasets`.
 """
 
 import contextlib
-import csv
-import json
+import glob
 import os
 import re
+from bisect import bisect_right
+from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import datasets
-from huggingface_hub import constants, get_session, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_session, try_to_load_from_cache
+from torch.utils.data import ConcatDataset
 
 from support.errors import InputError, first_line
 from support.explain import explain
 from support.processes import say
+from support.readers import (
+    DATA_FILES,
+    OTHER_FILES,
+    MissingSplit,
+    is_data_file,
+    read_files,
+    read_folder,
+    unsupported_ending,
+)
 
 ROOT = Path(__file__).parent.parent
-LOCAL_FILES = (".jsonl", ".json", ".parquet", ".csv")
-OTHER_FILES = (
-    ".tsv",
-    ".txt",
-    ".ndjson",
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".arrow",
-)
 PACKAGE = "package://"
+COMMIT = re.compile("[0-9a-f]{40}")
 stand_ins_used = {}  # Hub name -> what this process took in its place
 revisions_used = {}  # Hub name -> the commit that this process read
 bases_used = {}  # name of an adapter -> the base model that it was merged into
 
 
-class MissingSplit(InputError):
-    """The data set has no split of this name."""
+@dataclass(frozen=True)
+class HubSet:
+    """What the name of a Hub set says: org/set, org/set/configuration, either with @revision."""
+
+    repository: str
+    configuration: str | None = None
+    revision: str | None = None  # a branch, a tag or a commit; None is main
+
+    @classmethod
+    def from_name(cls, name):
+        """The parts of a name."""
+        path, _, revision = name.partition("@")
+        repository, configuration = path, None
+        if path.count("/") == 2:
+            repository, _, configuration = path.rpartition("/")
+        return cls(repository, configuration, revision or None)
+
+
+class Sets(ConcatDataset):
+    """Several sets as one sequence of records; `names` are theirs."""
+
+    def __init__(self, sets):
+        """sets  {name: sequence of dict}"""
+        super().__init__(sets.values())
+        self.names = list(sets)
+
+    def name_of(self, index):
+        """The name of the set that a record is from."""
+        return self.names[bisect_right(self.cumulative_sizes, index)]
+
+
+def split_names(sources):
+    """The names in a setting such as "a.jsonl, b:split", each with its split or None.
+
+    A file whose own name holds a comma is one name.
+    """
+    whole = _name_and_split(sources.strip())
+    if "," in sources and os.path.exists(whole[0]):
+        return [whole]
+    parts = [part.strip() for part in sources.split(",")]
+    return [_name_and_split(part) for part in parts if part]
+
+
+def _name_and_split(part):
+    """ "name:split" as both; the colon of a path or a drive is none of these."""
+    if os.path.exists(part):
+        return part, None
+    match = re.fullmatch(r"(.+?)(?:\s*:\s*([^:/\\]+))?", part, re.DOTALL)
+    return match.groups() if match else (part, None)
 
 
 def open_source(name, kind, stand_ins, load):
@@ -54,7 +101,7 @@ def open_source(name, kind, stand_ins, load):
     raises     InputError if the name is out of reach and has no stand-in, or does not load
     """
     path = package_file(name)
-    found = _is_local(path, name, kind) or hub_reachable()
+    found = is_local(path, name, kind) or hub_reachable()
     if not found:  # the Hub's libraries then answer from their caches at once
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -77,25 +124,34 @@ def open_source(name, kind, stand_ins, load):
     return open_source(str(ROOT / package_file(stand_in)), kind, {}, load)
 
 
-def _is_local(path, name, kind):
-    """Whether a path is there; InputError for a name that can be nothing but a path and is not."""
+def is_local(path, name, kind):
+    """Whether a path is there; InputError for a name that can be nothing but a path and is not.
+
+    path  the name, or where the file is that it stands for
+    kind  "model" or "dataset", which may be a pattern for several files
+    """
     if os.path.exists(path):
         return True
     if "://" in path:
         raise InputError(f"{kind} {name} is a URL: give a file's path, or owner/name of the Hub")
+    if kind == "dataset" and glob.has_magic(path):
+        if _matches(path):
+            return True
+        raise InputError(f"dataset {name} matches no file (looked from {Path.cwd()})")
     suffix = Path(name).suffix.lower()
-    if kind == "dataset" and suffix in OTHER_FILES:
-        raise _unsupported_ending(name)
-    if suffix in (*LOCAL_FILES, ".gguf") or name[:1] in "./~\\":
-        raise InputError(f"{kind} {name}: no such file or folder (looked from {Path.cwd()})")
+    if kind == "dataset" and suffix in OTHER_FILES and not is_data_file(name):
+        raise unsupported_ending(name)
+    if is_data_file(name) or suffix in (*DATA_FILES, ".gguf") or name[:1] in "./~\\":
+        joined = " Several sets are joined by commas" if "," in name else ""
+        raise InputError(
+            f"{kind} {name}: no such file or folder (looked from {Path.cwd()}){joined}"
+        )
     return False
 
 
-def _unsupported_ending(name):
-    ending = Path(name).suffix or "(none)"
-    return InputError(
-        f"dataset {name}: unsupported ending {ending}, use .jsonl, .json, .csv or .parquet"
-    )
+def _matches(pattern):
+    """The files that a pattern such as data/*.jsonl stands for, in their names' order."""
+    return [path for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
 
 
 def package_file(name):
@@ -119,43 +175,38 @@ def hub_reachable(seconds=4):
     return False
 
 
-def read_records(path, split=None, evaluation=False):
+def read_records(path, split=None, required=False):
     """Read a preference set.
 
-    path        .jsonl, .json, .csv or .parquet file, or a Hub data set's name, behind which may
-                stand one of its configurations: org/set/configuration
-    split       the split to read. In a local file it selects rows only where the file has a column
-                `split`; None reads all rows (of a Hub set: the split train)
-    evaluation  whether a local file without the column has no such split, instead of one
-    returns     a sequence of dict
-    raises      InputError for a file that cannot be read (a broken JSON line with its number),
-                MissingSplit for a split that is not there
+    path      a file (see DATA_FILES in support/readers.py), a pattern for several, a folder, or a
+              Hub set's name, see HubSet
+    split     the split to read. In local files it selects rows only where they have a column
+              `split`; None reads all rows (of a Hub set: the split train)
+    required  whether local files without the column have no such split, instead of one
+    returns   a sequence of dict
+    raises    InputError for a file that cannot be read (a broken JSON line with its number),
+              MissingSplit for a split that is not there
     """
-    if Path(path).suffix.lower() not in LOCAL_FILES:
-        if os.path.isfile(path):
-            raise _unsupported_ending(path)
-        return _read_hub_set(path, split or "train")
-    records = _read_file(path)
-    if not isinstance(records, list):
-        raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
-    splits = set()
-    for record in records:
-        if isinstance(record, dict) and record.get("split"):
-            splits.add(str(record["split"]))
-    if split is None or (not splits and not evaluation):
-        return records
-    if split not in splits:
-        raise MissingSplit(f"{path} has no split {split}, only: {', '.join(sorted(splits))}")
-    return [r for r in records if isinstance(r, dict) and str(r.get("split")) == split]
+    if os.path.isdir(path):
+        return read_folder(path, split, required)
+    if os.path.exists(path):
+        return read_files([path], path, split, required)
+    if glob.has_magic(path):
+        return read_files(_matches(path), path, split, required)
+    return _read_hub_set(path, split or "train")
 
 
 def _read_hub_set(name, split):
-    """A set that `datasets` finds by its name, in a folder or on the Hub; its commit is noted."""
-    repository, configuration = name, None
-    if name.count("/") == 2 and not os.path.exists(name):
-        repository, _, configuration = name.rpartition("/")
+    """A set that `datasets` finds on the Hub or in its cache; its commit is noted."""
+    hub = HubSet.from_name(name)
+    asked = hub.revision
+    # in place of a revision that it does not find, `datasets` takes what it has in its cache
+    if asked and not COMMIT.fullmatch(asked):
+        asked = HfApi().dataset_info(hub.repository, revision=asked).sha
     try:
-        records = datasets.load_dataset(repository, configuration, split=split)
+        records = datasets.load_dataset(
+            hub.repository, hub.configuration, split=split, revision=asked
+        )
     except ValueError as error:
         if "Unknown split" in str(error):
             raise MissingSplit(f"{name}: {error} Choose with split=NAME") from error
@@ -163,8 +214,14 @@ def _read_hub_set(name, split):
     # `datasets` keeps what it read of the Hub in a folder named by the commit
     for file in records.cache_files:
         commit = Path(file["filename"]).parent.name
-        if re.fullmatch("[0-9a-f]{40}", commit):
+        if COMMIT.fullmatch(commit):
             revisions_used[name] = commit
+    used = revisions_used.get(name, asked)
+    if asked and used != asked:
+        raise InputError(
+            f"dataset {name}: the cache holds commit {used} of it, and the Hub did not give the "
+            "one asked for. Check the revision, or try again with the Hub in reach"
+        )
     return records
 
 
@@ -185,42 +242,3 @@ def note_commit(model, revision, file="config.json"):
         return revision
     revisions_used[model] = Path(cached).parent.name  # .../snapshots/COMMIT/config.json
     return revisions_used[model]
-
-
-def _read_file(path):
-    """What a local file holds; InputError if it is broken."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-    read = readers.get(Path(path).suffix.lower(), _read_parquet)
-    try:
-        return read(path)
-    except InputError:
-        raise
-    except (ValueError, RecursionError, csv.Error) as error:  # bad UTF-8 is a ValueError too
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def _read_jsonl(path):
-    records = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            fault = f"{path}, line {number} cannot be read: {first_line(error)}"
-            raise InputError(fault) from error
-    return records
-
-
-def _read_json(path):
-    return json.loads(Path(path).read_bytes())
-
-
-def _read_csv(path):
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file, strict=True))
-
-
-def _read_parquet(path):
-    return datasets.Dataset.from_parquet(path).to_list()

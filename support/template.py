@@ -22,8 +22,11 @@ def compare_template(encoder, messages, answer):
     if not encoder.tokenizer.chat_template:
         text = encoder.render(QUESTION) + ANSWER + end
         return (
-            "The model has no chat template, as a base model has none: it is trained on plain "
-            f"text, such as {text!r}"
+            "The model has no chat template, as a base model has none: it is trained on plain text "
+            f"with nothing between prompt and answer, such as {text!r}. For a chat give the model "
+            "that was tuned for it (mostly called ...-Instruct), or set the tokenizer's "
+            "chat_template; for plain text end each prompt as its answers need it, with a newline "
+            "or a space"
         )
     if QUESTION[0]["content"] not in encoder.render(QUESTION, add_generation_prompt=True):
         return (

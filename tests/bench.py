@@ -2,6 +2,7 @@
 
     python tests/bench.py --model FOLDER --dataset pairs.jsonl      this project and TRL, in turn
     python tests/bench.py --growth                                  length, vocabulary, pairs
+    python tests/bench.py --model FOLDER --dataset pairs.jsonl --data    reading many records
 
 The comparison needs `pip install trl==1.16.0`, in this environment or in the one whose interpreter
 --trl-python names. Each measurement is a process of its own, the two sides take turns, and medians
@@ -13,6 +14,7 @@ programs that share cores spoil each other's times.
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -204,6 +206,110 @@ def measure_growth(options):
     return {"seconds": min(times), "memory": peak_memory() - before - gradients}
 
 
+def high_water():
+    """Bytes of memory that this process held at most; getrusage counts the parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+
+
+def measure_data(options):
+    """Reading, recognition, tokenisation and rows of the records in options.dataset, on one core.
+
+    pairs  of the options: how many to train on, 0 for all
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    import data
+    import train_dpo
+    from support.config import Config
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    config = Config(
+        dataset=options.dataset,
+        split=None,
+        eval_split=None,
+        train_pairs=options.pairs,
+        device="cpu",
+    )
+    before = high_water()
+    start = time.perf_counter()
+    records = data.load_records(config.dataset, None, None)
+    read = time.perf_counter() - start
+    count = len(records)
+    del records
+    start = time.perf_counter()
+    pairs, drops = data.load_pairs(config, tokenizer)
+    seen = len(pairs["train"]) + len(pairs["eval"]) + drops["train"].total()
+    encoded = time.perf_counter() - start
+    loaded = high_water()
+    steps = train_dpo.lay_out(pairs, config)
+    tokens = sum(pair.tokens for pair in pairs["train"])
+    return {
+        "records": count,
+        "read": count / read,
+        "seen": seen / encoded,
+        "tokens": tokens,
+        "steps": len(steps["train"]),
+        "before": before,
+        "loaded": loaded,
+        "memory": high_water(),
+    }
+
+
+def write_many(source, folder, count):
+    """Files of so many records: those of a set again and again, with other texts each time."""
+    from datasets import Dataset
+
+    import data
+
+    originals = data.load_records(source, None, None)
+    records = []
+    for number in range(count):
+        record = dict(originals[number % len(originals)])
+        for column in ("prompt", "chosen", "rejected"):
+            record[column] = _changed(record[column], f" ({number})")
+        records.append(record)
+    paths = [Path(folder) / f"{count}.jsonl", Path(folder) / f"{count}.parquet"]
+    with open(paths[0], "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+    Dataset.from_list(records).to_parquet(paths[1])
+    return paths
+
+
+def _changed(value, added):
+    if isinstance(value, str):
+        return value + added
+    return [{**turn, "content": turn["content"] + added} for turn in value]
+
+
+def read_many(options):
+    """Records a second and peak memory of 6,000 and 60,000 records, some and all of them used."""
+    from support.model import load_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = folder
+        load_model(our_config(options))[1].save_pretrained(Path(folder) / "tokenizer")
+        print(
+            "| file | records | train_pairs | read, records/s | all, records/s | tokens | "
+            "GB before | GB with pairs | GB with rows |\n" + "| --- " * 9 + "|"
+        )
+        for count in (6000, 60000):
+            for path in write_many(options.dataset, folder, count):
+                for wanted in (500, 0):
+                    changes = {"dataset": str(path), "pairs": wanted}
+                    result = run_side(options, "data", model=f"{folder}/tokenizer", **changes)
+                    memory = [result[name] / 1e9 for name in ("before", "loaded", "memory")]
+                    gigabytes = " | ".join(f"{value:.2f}" for value in memory)
+                    print(
+                        f"| {path.suffix} | {count} | {wanted} | {result['read']:.0f} | "
+                        f"{result['seen']:.0f} | {result['tokens']} | {gigabytes} |",
+                        flush=True,
+                    )
+
+
 def run_side(options, side, python=sys.executable, **changes):
     """Measure in a process of its own; returns what it measured."""
     with tempfile.TemporaryDirectory() as folder:
@@ -303,6 +409,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--data", action="store_true")
     for name in ("side", "out", "ids"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
@@ -310,8 +417,15 @@ if __name__ == "__main__":
     for name in ("checkpointing", "precompute"):
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sides = {"ours": measure_ours, "trl": measure_trl, "growth": measure_growth}
-    if arguments.side:
+    sides = {
+        "ours": measure_ours,
+        "trl": measure_trl,
+        "growth": measure_growth,
+        "data": measure_data,
+    }
+    if arguments.data:
+        read_many(arguments)
+    elif arguments.side:
         Path(arguments.out).write_text(json.dumps(sides[arguments.side](arguments)))
     else:
         growth(arguments) if arguments.growth else compare(arguments)

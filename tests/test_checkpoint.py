@@ -943,6 +943,25 @@ def test_a_kill_during_an_evaluation_loses_no_step(dpo, monkeypatch):
     assert weights_bytes("out") == weights_bytes("whole")
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+@pytest.mark.parametrize("place", [".", "project"])
+def test_a_folder_that_is_no_runs_keeps_its_files(dpo, capsys, monkeypatch, flags, place):
+    Path("project").mkdir()
+    settings = Path("project", "config.yaml")
+    settings.write_text(Path(CONFIG).read_text())
+    kept = settings.read_bytes()
+    if place == ".":
+        monkeypatch.chdir("project")
+        Path("train_dpo.py").write_text("")
+    assert dpo(*flags, output_dir=place) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    file = "train_dpo.py" if place == "." else "config.yaml"
+    assert line.startswith(f"Error: output_dir {place} is no run's folder, for it holds {file}")
+    assert "Give a folder of its own, such as output_dir=runs/mine" in line
+    monkeypatch.undo()
+    assert settings.read_bytes() == kept if settings.exists() else True
+
+
 @pytest.mark.parametrize("setting", ["output_dir", "reference_cache"])
 @pytest.mark.parametrize("place", ["a_file/run", "/proc/run"])
 def test_a_folder_that_cannot_be_written_is_told_before_the_reference_pass(

@@ -222,7 +222,7 @@ WRONG = {
     "unknown columns": ([], {"dataset": "in/columns.jsonl"}, "['first', 'second']"),
     "a broken line": ([], {"dataset": "in/line.jsonl"}, "line 2"),
     "no pair left": ([], {"dataset": "in/same.jsonl"}, "same text"),
-    "no room for an answer": ([], {"max_length": 2}, "no room for an answer"),
+    "no room for an answer": ([], {"max_length": 2}, "set it well above max_prompt_length"),
     "a missing split": ([], {"split": "tests"}, "tests"),
     "a missing model folder": ([], {"model": "./no/model"}, "./no/model: no such file"),
     "a folder that holds no model": ([], {"model": "in"}, "model in does not load"),

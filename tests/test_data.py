@@ -260,7 +260,7 @@ def test_the_end_of_turn_is_trained_on_whatever_pads(pad):
     end = build_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == end
     row = data.make_row([pair], [0])
-    assert row.targets.tolist() == pair.chosen_ids + pair.rejected_ids
+    assert row.targets.tolist() == [*pair.chosen_ids, *pair.rejected_ids]
 
 
 def test_the_end_of_turn_is_what_the_template_renders_after_an_answer():
@@ -497,7 +497,7 @@ def test_a_colon_of_a_path_is_not_taken_for_a_split(path, monkeypatch):
         return load("x.jsonl")
 
     monkeypatch.setattr(data, "open_source", open_source)
-    monkeypatch.setattr(data, "read_records", lambda _, split, evaluation: [split])
+    monkeypatch.setattr(data, "read_records", lambda _, split, required: [split])
     assert list(data.load_records(path, "own", {})) == ["own"]
     assert list(data.load_records(path + ":other", "own", {})) == ["other"]
     assert asked == [path, path]

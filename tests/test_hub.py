@@ -194,6 +194,44 @@ def test_the_configurations_of_a_set_are_listed_and_one_can_be_chosen(here, run)
     assert "org/two/fr" in commits(printed)
 
 
+def test_a_revision_of_a_set_is_read_and_noted_as_its_commit(here, run):
+    moved = {**SET, "a.jsonl": as_jsonl(records(12, 500))}
+    old = here.hub.add("datasets/org/revised", SET, "v1")
+    new = here.hub.add("datasets/org/revised", moved)
+    expected = {"org/revised": new, "org/revised@v1": old, f"org/revised@{old}": old}
+    for name, commit in expected.items():
+        code, printed = run(dataset=name)
+        assert code == 0, printed
+        assert commits(printed)[name] == commit
+    two = here.hub.add("datasets/org/two", {**SET, "README.md": CONFIGURATIONS}, "v2")
+    code, printed = run(dataset="org/two/fr@v2:train", eval_split=None)
+    assert code == 0, printed
+    assert commits(printed)["org/two/fr@v2"] == two
+    code, printed = run(dataset="org/two@v2:train", eval_split=None)
+    assert code == 2
+    assert "Choose one: dataset=org/two/en@v2" in printed
+
+
+def test_another_revision_in_the_cache_is_not_taken_for_the_one_asked_for(here, run):
+    new = here.hub.add("datasets/org/kept", SET)
+    assert run(dataset="org/kept")[0] == 0
+    for revision in ("nope", "0" * 40):
+        code, printed = run(dataset=f"org/kept@{revision}")
+        assert code == 2, printed
+        assert f"Error: dataset org/kept@{revision}" in printed
+    here.hub.stop()
+    try:
+        known, printed = run(dataset=f"org/kept@{new}")
+        other, said = run(dataset=f"org/kept@{'0' * 40}")
+        branch, told = run(dataset="org/kept@v1")
+    finally:
+        here.hub.start()
+    assert known == 0, printed
+    assert (other, branch) == (2, 2)
+    assert f"the cache holds commit {new} of it" in said
+    assert "the Hub is out of reach" in told
+
+
 def test_a_split_that_is_not_there_is_answered_with_those_that_are(run):
     code, printed = run(dataset="org/set:nope")
     assert code == 2

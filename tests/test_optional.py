@@ -152,6 +152,32 @@ def test_the_adapter_that_is_saved_loads_on_the_base_model_as_it_was_trained(
     torch.testing.assert_close(held_out_logps(by_folder, setup), expected, rtol=0, atol=1e-4)
 
 
+def test_an_adapter_names_the_base_that_was_used_and_not_the_one_it_stood_in_for(
+    peft, dpo, hub_down, tiny_model
+):
+    def named(folder):
+        return json.loads(Path(folder, "model/adapter_config.json").read_text())
+
+    assert dpo(**ADAPTER, model="org/model", offline={"org/model": tiny_model}) == 0
+    assert named("out")["base_model_name_or_path"] == tiny_model
+
+
+@pytest.mark.parametrize(
+    "modules", ["", "(", "*", ".*", "embed_tokens", "model.layers", "all linear", "lm_head"]
+)
+def test_layers_named_in_odd_ways_are_adapted_or_wrong_input(peft, dpo, capsys, modules):
+    code = dpo("--dry-run", **ADAPTER, lora_target_modules=modules, eval_pairs=0)
+    printed = capsys.readouterr().out
+    assert code in (0, 2)
+    assert (code == 0) == ("Error: lora_target_modules: " not in printed)
+
+
+def test_an_adapter_of_the_lm_head_is_refused_and_not_left_untrained(peft, dpo, capsys):
+    for modules in ("lm_head", ".*(q_proj|lm_head)"):
+        assert dpo(**ADAPTER, lora_target_modules=modules) == 2
+        assert "Error: lora_target_modules: it names the LM head too" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
     peft, tmp_path, dpo, setups, tiny_model, family

@@ -171,6 +171,14 @@ def test_wrong_input_ends_all_processes_with_one_message(start):
     assert printed.count("Error: dataset no.jsonl: no such file") == 1
 
 
+def test_what_the_first_process_alone_finds_wrong_ends_the_others_too(start):
+    _, process = start("no_cache", 2, reference_cache="/proc/cache")
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert printed.count("Error: reference_cache /proc/cache: nothing can be written there") == 1
+    assert "[rank1]" not in errors, errors
+
+
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder and no pairs")
 def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
     model, pairs = os.environ["SMOLLM2"].split(",")

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,19 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from helpers import BETTER, CONFIG, METRICS, held_out, read_metrics
-from support import report
+from data import Pair
+from helpers import (
+    BETTER,
+    CONFIG,
+    METRICS,
+    assistant,
+    held_out,
+    read_metrics,
+    record,
+    user,
+    write_jsonl,
+)
+from support import dry_run, report
 from support.config import Config, read_config
 from support.sampler import greedy_answers
 
@@ -108,6 +119,58 @@ def test_a_dry_run_shows_the_first_pair_and_writes_nothing(tmp_path, dpo, capsys
     shown = capsys.readouterr().out
     assert "<|im_start|>assistant" in shown and "chosen" in shown and "GB" in shown
     assert not list(tmp_path.iterdir())
+
+
+def pair_of(prompt, chosen, rejected, **more):
+    """A pair of made-up token ids of these lengths."""
+    messages = json.dumps([user(prompt)])
+    return Pair(0, [5], [6] * chosen, [7] * rejected, messages, **more)
+
+
+def test_a_set_is_described_by_what_its_pairs_have_in_common():
+    several = json.dumps([user("Q"), assistant("A"), user("R")])
+    pairs = [
+        pair_of("Q", 3, 2, shape="prompt, chosen, rejected", unused=("source", "lang")),
+        pair_of("Q", 3, 3, shape="prompt, chosen, rejected", unused=("source",), reversed=True),
+        pair_of("R", 2, 3, shape="ranking"),
+        replace(pair_of("", 1, 3, shape="prompt, chosen, rejected"), prompt=several),
+    ]
+    assert dry_run.describe(pairs) == [
+        "  recognised as: prompt, chosen, rejected (3), ranking (1)",
+        "  filled columns not used: source (2), lang (1)",
+        "  prefer the answer of lower score: 1",
+        "  prefer the longer answer: 25%",
+        "  prompts in more than one pair: 33%",
+        "  of several turns, of which only the last answer is scored: 1",
+    ]
+    assert "several turns" not in str(dry_run.describe(pairs[:3]))
+
+
+def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, capsys):
+    one = write_jsonl(tmp_path / "one.jsonl", [record("First?", score_chosen=1, score_rejected=2)])
+    long = record("Second?", chosen=" ".join(["word"] * 400))
+    two = write_jsonl(tmp_path / "two.jsonl", [long])
+    three = write_jsonl(tmp_path / "three.jsonl", [record("Third?")])
+    sets = {"dataset": f"{one}, {two}", "eval_dataset": three, "split": None, "eval_split": None}
+    assert dpo("--dry-run", **sets) == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"=== {path}: 1 pairs") for path in (one, two, three)]
+    parts = [shown[place : place + 900] for place in places]
+    for part, question in zip(parts, ("First?", "Second?", "Third?"), strict=True):
+        assert f"  prompt = {question!r}" in part
+        assert f"<|im_start|>user\n{question}<|im_end|>" in part
+    assert "prefer the answer of lower score: 1" in parts[0]
+    assert "  score_rejected = 2" in parts[0]
+    assert "  chosen = 'word word" in parts[1] and re.search(r"\[... \d+ tokens ...\]", parts[1])
+    assert max(map(len, shown.splitlines())) < 1000
+
+
+def test_a_dry_run_of_a_sweep_shows_equal_data_once_and_other_data_too(dpo, capsys):
+    assert dpo("--dry-run", lr=[1e-3, 1e-4], max_length=[40, 200]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Estimate for out_") == 4
+    assert shown.count("=== ") == 2 * 2
+    assert not Path("runs").exists()
 
 
 # What was really used

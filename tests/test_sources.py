@@ -1,6 +1,7 @@
 """Files, the Hub, its cache and stand-ins, as they are read. No network, no real model."""
 
 import csv
+import gzip
 import http.server
 import inspect
 import io
@@ -14,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 
 import data
@@ -98,7 +100,7 @@ def test_a_broken_json_line_is_named_by_its_number(tmp_path, line):
         ("a.json", b'{"prompt": "Q"}', "holds no list of records, but one dict"),
         ("a.json", b'"x"', "holds no list of records, but one str"),
         ("a.csv", b'prompt,chosen\n"never closed', "cannot be read: Error"),
-        ("a.csv", b"prompt\n\xff\xff", "cannot be read: UnicodeDecodeError"),
+        ("a.csv", b"prompt\n\xff\xff", "it is not in UTF-8. Save it in that .UnicodeDecodeError"),
         ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read: ArrowInvalid"),
     ],
 )
@@ -117,7 +119,6 @@ def test_an_empty_file_has_no_usable_pair(tmp_path, content):
 
 
 def test_parquet_is_read_without_a_word_to_the_network(tmp_path, own_cache, monkeypatch):
-    import pyarrow
     import pyarrow.parquet
 
     sent = []
@@ -373,7 +374,7 @@ def test_an_ending_that_is_not_read_is_named_and_not_looked_for_on_the_hub(
 
 
 def test_a_local_file_of_any_other_ending_or_none_is_refused_too(tmp_path):
-    for name, ending in (("a.jsonl.gz", ".gz"), ("pairs", "(none)")):
+    for name, ending in (("a.tsv.gz", ".tsv.gz"), ("pairs", "(none)")):
         (tmp_path / name).write_text("x")
         with pytest.raises(InputError, match=re.escape(f"unsupported ending {ending}, use")):
             data.load_records(name, None, {})
@@ -383,3 +384,212 @@ def test_a_local_file_of_any_other_ending_or_none_is_refused_too(tmp_path):
 def test_a_url_is_told_to_be_none_of_the_names(name):
     with pytest.raises(InputError, match=f"dataset {name} is a URL: give a file's path"):
         sources.open_source(name, "dataset", {}, fails)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ("a.jsonl", [("a.jsonl", None)]),
+        (
+            " org/set:train ,a.jsonl,, ",
+            [("org/set", "train"), ("a.jsonl", None)],
+        ),
+        ("org/set/en@v1.0:test", [("org/set/en@v1.0", "test")]),
+        ("org/set@refs/pr/1:test", [("org/set@refs/pr/1", "test")]),
+        ("data/*.jsonl:train", [("data/*.jsonl", "train")]),
+    ],
+)
+def test_a_setting_is_taken_apart_into_names_and_splits(setting, names):
+    assert sources.split_names(setting) == names
+
+
+def test_a_hub_sets_name_holds_its_configuration_and_revision():
+    parts = {
+        "org/set": ("org/set", None, None),
+        "set": ("set", None, None),
+        "org/set/en": ("org/set", "en", None),
+        "org/set@refs/pr/1": ("org/set", None, "refs/pr/1"),
+        "org/set/en@v1": ("org/set", "en", "v1"),
+    }
+    for name, expected in parts.items():
+        found = sources.HubSet.from_name(name)
+        assert (found.repository, found.configuration, found.revision) == expected
+
+
+def test_a_comma_or_a_colon_in_a_files_name_is_part_of_it(tmp_path):
+    comma = write_jsonl(tmp_path / "a, b.jsonl", many(2))
+    splits = [record(split="train"), record("R", split="test")]
+    both = write_jsonl(tmp_path / "c,d.jsonl", splits)
+    colon = write_jsonl(tmp_path / "e:f.jsonl", many(3))
+    assert list(data.load_records(comma, "train_prefs", {})) == many(2)
+    assert list(data.load_records(f"{both}:test", None, {})) == splits[1:]
+    assert list(data.load_records(colon, None, {})) == many(3)
+
+
+def test_a_split_is_asked_of_a_file_that_has_no_column_for_it(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", many(10))
+    assert len(data.load_records(path, "train_prefs", {})) == 10
+    with pytest.raises(MissingSplit) as error:
+        data.load_records(f"{path}:train", "train_prefs", {})
+    assert "has no column split, which would tell what belongs to split train" in str(error.value)
+    assert str(error.value).endswith(f"To read all rows give the name alone: {path}")
+
+
+# Several files, compressed files, folders
+
+
+def test_a_pattern_reads_its_files_in_order_as_one_set(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", many(3, "b"))
+    write_jsonl(tmp_path / "a.jsonl", many(2, "a"))
+    (tmp_path / "z.txt").write_text("no record")
+    found = data.load_records(str(tmp_path / "*.jsonl"), "train_prefs", {})
+    assert list(found) == many(2, "a") + many(3, "b")
+    with pytest.raises(InputError, match=r"x\*.jsonl matches no file .looked from"):
+        data.load_records("x*.jsonl", None, {})
+    with pytest.raises(InputError, match=r"z.txt: unsupported ending .txt"):
+        data.load_records("*", None, {})
+
+
+def test_a_split_is_selected_over_all_files_of_a_pattern(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [record("A", split="train"), record("B", split="test")])
+    write_jsonl(tmp_path / "b.jsonl", [record("C", split="train")])
+    found = data.load_records("*.jsonl", "train", {})
+    assert [r["prompt"] for r in found] == ["A", "C"]
+    with pytest.raises(MissingSplit, match="has no split nope, only: test, train"):
+        data.load_records("*.jsonl", "nope", {})
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, kind):
+    content = {
+        "jsonl": json.dumps(record()) + "\n",
+        "json": json.dumps([record()]),
+        "csv": "prompt,chosen,rejected\nQ,good,bad\n",
+    }[kind]
+    path = tmp_path / f"A.{kind.upper()}.gz"
+    path.write_bytes(gzip.compress(content.encode()))
+    assert sources.read_records(str(path)) == [record()]
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_compressed_file_is_read_whole_or_told_to_be_damaged(tmp_path, kind):
+    codec = pyarrow.Codec(kind)
+    path = tmp_path / f"a.jsonl{'.gz' if kind == 'gzip' else '.zst'}"
+    one = codec.compress(json.dumps(record()).encode() + b"\n").to_pybytes()
+    path.write_bytes(one + one)  # files that were compressed one by one, and joined
+    assert sources.read_records(str(path)) == [record()] * 2
+    for content in (one[:-9], one + one[:-1], b"x"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path.name} cannot be read: OSError"):
+            sources.read_records(str(path))
+
+
+@pytest.fixture
+def saved(tmp_path, own_cache):
+    """A folder with a saved Dataset, and one with a saved DatasetDict."""
+    import datasets
+
+    one = datasets.Dataset.from_list([record(f"Q {i}", split=f"s{i % 2}") for i in range(4)])
+    one.save_to_disk(tmp_path / "one")
+    parts = {
+        "train": datasets.Dataset.from_list(many(3)),
+        "test": datasets.Dataset.from_list(many(2)),
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "parts")
+    return tmp_path
+
+
+def test_a_folder_that_datasets_saved_is_read(saved):
+    one, parts = str(saved / "one"), str(saved / "parts")
+    assert [r["prompt"] for r in data.load_records(one, "s1", {})] == ["Q 1", "Q 3"]
+    assert len(data.load_records(one, None, {})) == 4
+    assert list(data.load_records(parts, None, {})) == many(3)
+    assert list(data.load_records(f"{parts}:test", "train", {})) == many(2)
+    with pytest.raises(MissingSplit, match="has no split nope, only: train, test. Choose with"):
+        data.load_records(parts, "nope", {})
+
+
+def test_a_folder_of_data_files_of_one_kind_is_read(tmp_path, own_cache):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", many(3))
+    assert list(data.load_records(str(folder), "train_prefs", {})) == many(3)
+    write_jsonl(folder / "test.jsonl", many(2))
+    (folder / "a.jsonl").rename(folder / "train.jsonl")
+    assert list(data.load_records(str(folder), "test", {})) == many(2)
+
+
+def test_a_folder_of_mixed_files_or_of_none_is_told(tmp_path, own_cache):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with pytest.raises(InputError, match="the folder holds no .jsonl, .json, .csv or .parquet"):
+        data.load_records(str(folder), None, {})
+    write_jsonl(folder / "a.jsonl", many(3))
+    (folder / "b.csv").write_text("prompt,chosen,rejected\nQ,a,b\n")
+    with pytest.raises(InputError) as error:
+        data.load_records(str(folder), None, {})
+    assert "files of several kinds (.jsonl, .csv). Give those of one" in str(error.value)
+    command = re.search("dataset='(.*)'", str(error.value))[1]
+    assert len(data.load_records(command, None, {})) == 1
+
+
+def test_parquet_and_saved_sets_stay_where_they_are(saved, tmp_path):
+    import datasets
+
+    datasets.load_from_disk(saved / "one").to_parquet(tmp_path / "a.parquet")
+    for name in (str(tmp_path / "a.parquet"), str(saved / "one")):
+        for split in (None, "s1"):
+            found = sources.read_records(name, split)
+            rows = getattr(found, "dataset", found)  # behind the rows of a split
+            assert isinstance(rows, datasets.Dataset)
+        assert [r["prompt"] for r in found] == ["Q 1", "Q 3"]
+
+
+# What is wrong with a file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_twice_in_a_record_is_refused(tmp_path, name):
+    line = '{"prompt": "Q", "chosen": "a", "rejected": "b", "chosen": "c"}'
+    text = f"[{line}]" if name == "a.json" else json.dumps(record()) + f"\n\n{line}"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as error:
+        sources.read_records(name)
+    assert "the key 'chosen' stands twice in [('prompt', 'Q')" in str(error.value)
+    assert name == "a.json" or "a.jsonl, line 3 cannot be read" in str(error.value)
+
+
+def test_a_column_that_stands_twice_in_a_csv_file_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen\nQ,a,b,c\n")
+    with pytest.raises(InputError, match="a.csv has 2 columns called 'chosen': rename them"):
+        sources.read_records("a.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_in_utf_16_is_told_its_encoding(tmp_path, name, encoding):
+    text = json.dumps(record()) if name == "a.jsonl" else "prompt,chosen,rejected\nQ,a,b\n"
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(
+        InputError, match=f"{name} is in {encoding.upper()[:6]}.*: save it as UTF-8"
+    ):
+        sources.read_records(name)
+
+
+def test_json_in_utf_16_is_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(json.dumps([record()]).encode("utf-16"))
+    assert sources.read_records("a.json") == [record()]
+
+
+def test_json_and_json_lines_under_each_others_name_are_told_the_right_one(tmp_path):
+    write_jsonl(tmp_path / "a.json", many(2))
+    with pytest.raises(InputError, match="each of its lines is a record, name it .jsonl"):
+        sources.read_records("a.json")
+    (tmp_path / "a.jsonl").write_text(json.dumps(many(2), indent=1))
+    with pytest.raises(
+        InputError, match="line 1 cannot be read.*begins as a JSON list.*name it .json"
+    ):
+        sources.read_records("a.jsonl")

@@ -73,7 +73,14 @@ def test_a_run_says_so_in_one_loud_line(tmp_path, capsys, template):
 def test_a_base_model_is_told_what_text_it_is_trained_on():
     said = warning(None)
     assert "no chat template" in said
-    assert "plain text, such as 'questionANSWER<|im_end|>'" in said
+    assert "nothing between prompt and answer, such as 'questionANSWER<|im_end|>'" in said
+
+
+def test_a_base_model_is_told_what_to_do_about_it():
+    said = warning(None)
+    assert "For a chat give the model that was tuned for it (mostly called ...-Instruct)" in said
+    assert "or set the tokenizer's chat_template" in said
+    assert "for plain text end each prompt as its answers need it" in said
 
 
 def test_a_template_that_leaves_out_the_question_is_named():

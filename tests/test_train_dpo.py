@@ -171,7 +171,7 @@ def test_log_probabilities_of_a_run_are_those_of_brute_force(ready, pairs_file):
             row = by_prompt[json.loads(pair.prompt)[-1]["content"]]
             text = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
             prompt = tokenizer(text).input_ids
-            assert pair.prompt_ids == prompt
+            assert list(pair.prompt_ids) == prompt
             for column, name in enumerate(("chosen", "rejected")):
                 ids, total = list(prompt), 0.0
                 for token in [*tokenizer(row[name]).input_ids, end]:

@@ -1,0 +1,251 @@
+"""Files and folders of records in: JSON lines, JSON, CSV, Parquet, and what `datasets` saved.
+
+Parquet and saved sets are mapped into memory, not read into it: each record is read where it is
+used.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow
+from torch.utils.data import ConcatDataset, Subset
+
+from support.errors import InputError, first_line
+
+TEXT_FILES = (".jsonl", ".json", ".csv")
+DATA_FILES = (*TEXT_FILES, ".parquet")
+COMPRESSED = (".gz", ".zst")  # behind the ending of a text file
+OTHER_FILES = (
+    ".tsv",
+    ".txt",
+    ".ndjson",
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".arrow",
+    ".zip",
+    ".bz2",
+    ".xz",
+    *COMPRESSED,
+)
+SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
+
+
+class MissingSplit(InputError):
+    """The data set has no split of this name."""
+
+
+def ending(path):
+    """The ending of a file's name: of "a/b.JSONL.gz" it is .jsonl.gz, of "a.b" it is .b."""
+    last = Path(path).suffix.lower()
+    inner = Path(path).with_suffix("").suffix.lower() if last in COMPRESSED else ""
+    return inner + last
+
+
+def is_data_file(path):
+    """Whether a file of this name can be read, which has nothing to do with whether it is there."""
+    kind, compression = _kind(path)
+    return kind in (TEXT_FILES if compression else DATA_FILES)
+
+
+def _kind(path):
+    """A file's ending without its compression's, and that."""
+    whole = ending(path)
+    for compression in COMPRESSED:
+        if whole.endswith(compression):
+            return whole.removesuffix(compression), compression
+    return whole, ""
+
+
+def unsupported_ending(name):
+    """The InputError for a file of a kind that is not read."""
+    found = name[len(name) - len(ending(name)) :] or "(none)"
+    return InputError(
+        f"dataset {name}: unsupported ending {found}, use .jsonl, .json, .csv or .parquet"
+    )
+
+
+def read_files(paths, name, split, required):
+    """Read files as one set.
+
+    split     selects rows where the files have a column `split`; None reads all
+    required  whether files without that column have no such split, instead of one
+    returns   a sequence of dict
+    raises    InputError for a file that cannot be read (a broken JSON line with its number),
+              MissingSplit
+    """
+    parts = []
+    for path in paths:
+        if not is_data_file(path):
+            raise unsupported_ending(path)
+        parts.append(_read_file(path))
+    return select_split(parts, name, split, required)
+
+
+def read_folder(path, split, required):
+    """Read a folder that `datasets` saved, or one of data files of one kind; as read_files.
+
+    A saved DatasetDict, and files whose names tell their splits, are read as a Hub set is: without
+    a split given, the split train.
+    """
+    if any(Path(path, file).exists() for file in SAVED_BY_DATASETS):
+        found = datasets.load_from_disk(path)
+    else:
+        _check_one_kind(path)
+        found = datasets.load_dataset(path)
+    if not isinstance(found, dict):
+        return select_split([found], path, split, required)
+    if set(found) == {"train"} and split != "train":
+        return select_split([found["train"]], path, split, required)
+    wanted = split or "train"
+    if wanted not in found:
+        raise MissingSplit(
+            f"{path} has no split {wanted}, only: {', '.join(found)}. Choose with split=NAME"
+        )
+    return found[wanted]
+
+
+def _check_one_kind(folder):
+    """Refuse a folder of which nothing tells what in it is the set."""
+    kinds = {}
+    for file in sorted(Path(folder).rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        described = file.name in ("dataset_infos.json", "dataset_info.json")
+        if file.is_file() and is_data_file(file) and not hidden and not described:
+            kinds.setdefault(ending(file), file)
+    card = Path(folder, "README.md")
+    if card.exists() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    if not kinds:
+        raise InputError(
+            f"dataset {folder}: the folder holds no .jsonl, .json, .csv or .parquet file"
+        )
+    if len(kinds) > 1:
+        raise InputError(
+            f"dataset {folder}: the folder holds files of several kinds ({', '.join(kinds)}). Give "
+            f"those of one, as in dataset='{Path(folder)}/*{min(kinds)}'"
+        )
+
+
+def select_split(parts, name, split, required):
+    """The rows of a split of a set's parts, each a sequence of dict, as one sequence.
+
+    Rows of a data set of `datasets` stay where they are.
+    """
+    names = [_split_names(part) for part in parts]
+    known = set().union(*names) - {None}
+    if split is None or (not known and not required):
+        return _join(parts)
+    if not known:
+        raise MissingSplit(
+            f"{name} has no column split, which would tell what belongs to split {split}. To read "
+            f"all rows give the name alone: {name}"
+        )
+    if split not in known:
+        raise MissingSplit(f"{name} has no split {split}, only: {', '.join(sorted(known))}")
+    selected = []
+    for part, of_rows in zip(parts, names, strict=True):
+        rows = [row for row, of_row in enumerate(of_rows) if of_row == split]
+        selected.append(Subset(part, rows))
+    return _join(selected)
+
+
+def _split_names(part):
+    """What the column `split` says of each record: text or None."""
+    values = []
+    if not isinstance(part, datasets.Dataset):
+        for record in part:
+            values.append(record.get("split") if isinstance(record, dict) else None)
+    elif "split" in part.column_names:
+        values = part["split"]
+    return [str(value) if value else None for value in values]
+
+
+def _join(parts):
+    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _read_file(path):
+    """The records of a file; InputError if it is broken."""
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    kind, _ = _kind(path)
+    try:
+        if kind == ".parquet":
+            return datasets.Dataset.from_parquet(path)
+        with pyarrow.input_stream(str(path), compression="detect") as stream:
+            return readers[kind](io.BufferedReader(stream), path)
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        fault = f"{path} cannot be read: it is not in UTF-8. Save it in that ({first_line(error)})"
+        raise InputError(fault) from error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _check_encoding(file, path):
+    """Refuse UTF-16 and UTF-32, which begin with a mark or have zeros between their letters."""
+    encoding = json.detect_encoding(file.peek(4)[:4])
+    if not encoding.startswith("utf-8"):
+        raise InputError(f"{path} is in {encoding.upper()}: save it as UTF-8")
+
+
+def _read_jsonl(file, path):
+    _check_encoding(file, path)
+    records = []
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_parse(line))
+        except (ValueError, RecursionError) as error:
+            hint = ""
+            if number == 1 and line.strip() in (b"[", b"\xef\xbb\xbf["):
+                hint = ". It begins as a JSON list does: name it .json"
+            fault = f"{path}, line {number} cannot be read: {first_line(error)}{hint}"
+            raise InputError(fault) from error
+    return records
+
+
+def _read_json(file, path):
+    try:
+        records = _parse(file.read())
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            raise
+        fault = f"{path} cannot be read: {first_line(error)}"
+        hint = "If each of its lines is a record, name it .jsonl"
+        raise InputError(f"{fault}. {hint}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path} holds no list of records, but one {type(records).__name__}")
+    return records
+
+
+def _parse(text):
+    return json.loads(text, object_pairs_hook=_without_repeats)
+
+
+def _without_repeats(pairs):
+    """An object of JSON as a dict; ValueError for a repeated key, of which only one would count."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {repeated!r} stands twice in {str(pairs)[:80]} ...")
+    return found
+
+
+def _read_csv(file, path):
+    _check_encoding(file, path)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    for column, times in Counter(reader.fieldnames or ()).items():
+        if times > 1:
+            raise InputError(f"{path} has {times} columns called {column!r}: rename them")
+    return list(reader)
