@@ -38,7 +38,15 @@ import data
 from dpo_loss import score, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report, sweep
 from support.cache import logps_key, read_or_compute
-from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
+from support.checkpoint import (
+    check_room,
+    claim,
+    is_finished,
+    keep_best,
+    load_best,
+    load_checkpoint,
+    save_checkpoint,
+)
 from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
@@ -170,8 +178,8 @@ def train(setup, config, folder):
 
     with RunLog(folder, config, order, done, setup.reference_seconds, setup.peak_share) as log:
         # a kill may have come between a checkpoint and the evaluation after it
-        if evaluation_due(setup, config, done, total) and done not in log.evaluated:
-            log.log_evaluation(done, evaluate(setup, config, None if done else setup.start))
+        if evaluation_due(setup, config, done, total) and done not in log.losses:
+            evaluate(setup, config, log, done)
         for step, rows in enumerate(order[done:], done + 1):
             lr = learning_rate(step - 1, total, config)
             # lora_dropout draws from a generator seeded by the step, so there is no state to save
@@ -190,7 +198,7 @@ def train(setup, config, folder):
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
             evaluation = evaluation_due(setup, config, step, total)
             if evaluation and not processes.stop_requested(config.device):
-                log.log_evaluation(step, evaluate(setup, config))
+                evaluate(setup, config, log, step)
             stop = processes.stop_requested(config.device)
             if stop and not due:
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
@@ -198,6 +206,9 @@ def train(setup, config, folder):
                 report.draw_curves(folder)
             if stop:
                 processes.stop()
+    if config.keep == "best":
+        load_best(checkpoints, setup.weights, log.losses)
+        round_weights(setup.policy, setup.weights)
 
 
 def is_due(step, every):
@@ -267,14 +278,17 @@ def train_step(setup, config, rows, optimizer, lr):
     return figures
 
 
-def evaluate(setup, config, logps=None):
-    """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
-    if logps is None:
-        logps = compute_logps(setup, "eval", config, "evaluation")
+def evaluate(setup, config, log, step):
+    """Log the metrics of the evaluation pairs after a step, 0 for before training."""
+    logps = compute_logps(setup, "eval", config, "evaluation") if step else setup.start
     reference, lengths = setup.reference["eval"], setup.lengths["eval"]
     _, before = score(setup.start, reference, lengths, config)
     _, metrics = score(logps, reference, lengths, config)
-    return summarize(metrics, before)
+    figures = summarize(metrics, before)
+    if config.keep == "best":  # before the row, so that no row is without its weights
+        losses = log.losses | {step: figures["loss"]}
+        keep_best(log.folder / "checkpoints", setup.weights, step, losses)
+    log.log_evaluation(step, figures)
 
 
 def learning_rate(step, total, config):
@@ -426,9 +440,8 @@ def compute_logps(setup, split, config, title):
 def reference_logps(setup, config, splits=("train", "eval")):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
-    The reference is mostly the policy before its first step, so they are computed with it, in the
-    rows and the numerics in which they are used: the first loss is exactly that of a margin of 0
-    (ln 2 for loss sigmoid), and no second model takes memory.
+    The reference is mostly the policy before its first step: computed with it, in the rows and the
+    numerics of training, the first loss is exactly ln 2, and no second model takes memory.
 
     returns  split -> (pairs, 2) float32 in nats
     """
@@ -439,8 +452,7 @@ def reference_logps(setup, config, splits=("train", "eval")):
             found[split] = compute_logps(setup, split, config, "reference")
         return found
 
-    key = logps_key(config, setup, splits)
-    title = "Reference log-probabilities"
+    title, key = "Reference log-probabilities", logps_key(config, setup, splits)
     found = read_or_compute(title, config.reference_cache, key, compute)
     return {split: logps.to(config.device) for split, logps in found.items()}
 
