@@ -62,7 +62,7 @@ from support.model import (
     save_model,
     untrained_state,
 )
-from support.preference import answer_lengths
+from support.preference import answer_lengths, describe_preference
 from support.processes import say
 from support.run_log import RunLog
 from support.sampler import greedy_answers
@@ -447,10 +447,7 @@ def reference_logps(setup, config, splits=("train", "eval")):
     """
 
     def compute():
-        found = {}
-        for split in splits:
-            found[split] = compute_logps(setup, split, config, "reference")
-        return found
+        return {split: compute_logps(setup, split, config, "reference") for split in splits}
 
     title, key = "Reference log-probabilities", logps_key(config, setup, splits)
     found = read_or_compute(title, config.reference_cache, key, compute)
@@ -508,6 +505,7 @@ def prepare(config, dry=False):
         setup.start = own["eval"]
         setup.reference = setup.reference or own
         setup.reference_seconds = time.time() - began
+        say("\n".join(describe_preference(setup.reference, setup.lengths)))
         setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
     return setup
 
@@ -536,6 +534,7 @@ def finish(setup, config, folder):
     questions = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
     answers = zip(questions, setup.answers, after, strict=True)
     pairs = report.describe_pairs(setup.pairs, setup.drops, config)
+    pairs += describe_preference(setup.reference, setup.lengths)
     card, ending = report.write_report(folder, config, pairs, answers)
     save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
