@@ -184,15 +184,11 @@ def score(logps, reference, lengths, config):
     if config.length_normalize or config.loss == "ipo":
         logps = logps / lengths
         reference = reference / lengths
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        *logps.unbind(1),
-        *reference.unbind(1),
-        beta=config.beta,
-        loss=config.loss,
-        label_smoothing=config.label_smoothing,
+    losses, *rewards = dpo_loss(
+        *logps.unbind(1), *reference.unbind(1), config.beta, config.loss, config.label_smoothing
     )
     losses = losses + config.nll_weight * chosen_nll
-    metrics = pair_metrics(losses, chosen_rewards, rejected_rewards, *logps.unbind(1))
+    metrics = pair_metrics(losses, *rewards, *logps.unbind(1))
     metrics["nll/chosen"] = chosen_nll.detach()
     return losses, metrics
 

@@ -38,8 +38,17 @@ from torch import nn
 import data
 from dpo_loss import score, sequence_logps, summarize, token_logps
 from support import dry_run, processes, report, sweep
+from support.attention import SHARED_PROMPT
 from support.cache import logps_key, read_or_compute
-from support.checkpoint import check_room, claim, is_finished, load_checkpoint, save_checkpoint
+from support.checkpoint import (
+    check_room,
+    claim,
+    is_finished,
+    keep_best,
+    load_best,
+    load_checkpoint,
+    save_checkpoint,
+)
 from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
@@ -55,7 +64,7 @@ from support.model import (
     save_model,
     untrained_state,
 )
-from support.preference import answer_lengths
+from support.preference import answer_lengths, describe_preference
 from support.processes import say
 from support.run_log import RunLog
 from support.sampler import greedy_answers
@@ -172,8 +181,8 @@ def train(setup, config, folder):
 
     with RunLog(folder, config, order, done, setup.reference_seconds, setup.peak_share) as log:
         # a kill may have come between a checkpoint and the evaluation after it
-        if evaluation_due(setup, config, done, total) and done not in log.evaluated:
-            log.log_evaluation(done, evaluate(setup, config, None if done else setup.start))
+        if evaluation_due(setup, config, done, total) and done not in log.losses:
+            evaluate(setup, config, log, done)
         for step, rows in enumerate(order[done:], done + 1):
             lr = learning_rate(step - 1, total, config)
             # lora_dropout draws from a generator seeded by the step, so there is no state to save
@@ -192,7 +201,7 @@ def train(setup, config, folder):
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
             evaluation = evaluation_due(setup, config, step, total)
             if evaluation and not processes.stop_requested(config.device):
-                log.log_evaluation(step, evaluate(setup, config))
+                evaluate(setup, config, log, step)
             stop = processes.stop_requested(config.device)
             if stop and not due:
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
@@ -200,6 +209,9 @@ def train(setup, config, folder):
                 report.draw_curves(folder)
             if stop:
                 processes.stop()
+    if config.keep == "best":
+        load_best(checkpoints, setup.weights, log.losses)
+        round_weights(setup.policy, setup.weights)
 
 
 def is_due(step, every):
@@ -269,14 +281,17 @@ def train_step(setup, config, rows, optimizer, lr):
     return figures
 
 
-def evaluate(setup, config, logps=None):
-    """Metrics of the evaluation pairs under the policy as it is now, or of these logps."""
-    if logps is None:
-        logps = compute_logps(setup, "eval", config, "evaluation")
+def evaluate(setup, config, log, step):
+    """Log the metrics of the evaluation pairs after a step, 0 for before training."""
+    logps = compute_logps(setup, "eval", config, "evaluation") if step else setup.start
     reference, lengths = setup.reference["eval"], setup.lengths["eval"]
     _, before = score(setup.start, reference, lengths, config)
     _, metrics = score(logps, reference, lengths, config)
-    return summarize(metrics, before)
+    figures = summarize(metrics, before)
+    if config.keep == "best":  # before the row, so that no row is without its weights
+        losses = log.losses | {step: figures["loss"]}
+        keep_best(log.folder / "checkpoints", setup.weights, step, losses)
+    log.log_evaluation(step, figures)
 
 
 def learning_rate(step, total, config):
@@ -321,7 +336,7 @@ class AnswerLogps(nn.Module):
     def share_prompts(self, shared):
         """Choose whether a row runs as it is; this sets the model's attention to match."""
         self.shared = shared
-        attention = "shared_prompt" if shared else self.native_attention
+        attention = SHARED_PROMPT if shared else self.native_attention
         self.model.set_attn_implementation(attention)
 
     def forward(self, row):
@@ -360,48 +375,6 @@ class AnswerLogps(nn.Module):
         return self.model.generate(*arguments, **options)
 
 
-def shared_prompt_attention(module, query, key, value, mask, scaling=None, segments=(), **kwargs):
-    """Attention over a data.Row: each answer sees its prompt and itself, no other answer or pair.
-
-    Two products a pair: prompt and chosen answer causally, then the rejected answer over prompt
-    and itself. Once share_prompts(True) is called, every attention layer calls it. A kernel put
-    here must run in float32 on the CPU too, where choose_layout compares it with separate sequences
-    and else goes back to them. Then delete runs/reference_cache: its keys do not know of this code.
-
-    query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
-    segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them
-              one plain causal sequence
-    returns   (1, t, heads, head_dim), None
-    """
-    if not segments:  # generation
-        sdpa = transformers.AttentionInterface()["sdpa"]
-        return sdpa(module, query, key, value, mask, scaling=scaling)
-    attend = nn.functional.scaled_dot_product_attention
-    # few kernels take grouped heads together with a mask
-    groups = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(groups, 1)
-    value = value.repeat_interleave(groups, 1)
-    outputs = []
-    start = 0
-    for prompt, chosen, rejected in segments:
-        middle = start + prompt + chosen
-        end = middle + rejected
-        first = slice(start, middle)
-        q, k, v = query[:, :, first], key[:, :, first], value[:, :, first]
-        outputs.append(attend(q, k, v, is_causal=True, scale=scaling))
-
-        q = query[:, :, middle:end]
-        k = torch.cat((key[:, :, start : start + prompt], key[:, :, middle:end]), 2)
-        v = torch.cat((value[:, :, start : start + prompt], value[:, :, middle:end]), 2)
-        seen = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device)
-        outputs.append(attend(q, k, v, attn_mask=seen.tril(prompt), scale=scaling))
-        start = end
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
-
-
-transformers.AttentionInterface.register("shared_prompt", shared_prompt_attention)
-
-
 @torch.no_grad()
 def compute_logps(setup, split, config, title):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
@@ -428,18 +401,14 @@ def compute_logps(setup, split, config, title):
 def reference_logps(setup, config, splits=("train", "eval")):
     """The reference's log-probabilities of all pairs, from the cache where they are in it.
 
-    The reference is mostly the policy before its first step, so they are computed with it, in the
-    rows and the numerics in which they are used: the first loss is exactly that of a margin of 0
-    (ln 2 for loss sigmoid), and no second model takes memory.
+    The reference is mostly the policy before its first step: computed with it, in the rows and the
+    numerics of training, the first loss is exactly ln 2, and no second model takes memory.
 
     returns  split -> (pairs, 2) float32 in nats
     """
 
     def compute():
-        found = {}
-        for split in splits:
-            found[split] = compute_logps(setup, split, config, "reference")
-        return found
+        return {split: compute_logps(setup, split, config, "reference") for split in splits}
 
     key = logps_key(config, setup, splits)
     title = "Reference log-probabilities"
@@ -499,6 +468,7 @@ def prepare(config, dry=False):
         setup.start = own["eval"]
         setup.reference = setup.reference or own
         setup.reference_seconds = time.time() - began
+        say("\n".join(describe_preference(setup.reference, setup.lengths)))
         setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
     return setup
 
@@ -527,6 +497,7 @@ def finish(setup, config, folder):
     questions = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
     answers = zip(questions, setup.answers, after, strict=True)
     pairs = report.describe_pairs(setup.pairs, setup.drops, config)
+    pairs += describe_preference(setup.reference, setup.lengths)
     card, ending = report.write_report(folder, config, pairs, answers)
     save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

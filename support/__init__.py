@@ -11,8 +11,9 @@ turns       what a cell says, as turns            preference  what the reference
 explain     the Hub's errors in plain words       sweep       a sweep's table and picture
 model       loading, LoRA, float32, saving        dry_run     the data and a pair, the cost
 adapters    a model that is an adapter, merged    sampler     answers that a model gives
-template    a chat template against generation    failures    what ends a run, what to do then
-machine     device and dtype, speed, memory       cache       tensors that runs share
-checks      what is asked of model and pairs      processes   torchrun's ranks, signals, printing
-files       files written whole or not at all     errors      InputError
+attention   of a row whose answers share a prompt failures    what ends a run, what to do then
+template    a chat template against generation    cache       tensors that runs share
+machine     device and dtype, speed, memory       processes   torchrun's ranks, signals, printing
+checks      what is asked of model and pairs      errors      InputError
+files       files written whole or not at all
 """

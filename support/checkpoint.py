@@ -7,6 +7,7 @@ is finished, which is renamed into place last. How a run goes on after a kill:
     load_checkpoint   master weights, AdamW's state and the number of steps done, from the newest
                       checkpoint that is whole; order, rate and random numbers follow from the
                       steps done and the settings
+    keep_best         with keep: best, weights of the lowest held-out loss up to each checkpoint
     RunLog            cuts rows of later steps from metrics.jsonl (support/run_log.py)
 Each file is written beside its place and renamed (support/files.py), so that none is ever half.
 """
@@ -26,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from support.config import Config, changes_on_resume
 from support.errors import InputError
 from support.files import digest_tensors, read_tensors, write_tensors, write_text
-from support.processes import fail_together, gather, is_first, say, shard_like
+from support.processes import fail_together, gather, is_first, say, shard_like, wait_for_all
+from support.run_log import best_step
 from support.sources import stand_ins_used
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
@@ -50,8 +52,13 @@ def save_checkpoint(folder, weights, optimizer, step, origin):
     if is_first():
         metadata = {**origin, "digest": digest_tensors(tensors)}
         write_tensors(folder / f"step_{step:07d}.safetensors", tensors, metadata)
-    for old in sorted(folder.glob("*.safetensors"))[:-KEPT_CHECKPOINTS]:
+    for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         old.unlink(missing_ok=True)
+
+
+def _checkpoints(folder):
+    """The paths of checkpoints, the oldest first."""
+    return sorted(folder.glob("step_*.safetensors"))
 
 
 def load_checkpoint(folder, weights, optimizer, origin):
@@ -60,7 +67,7 @@ def load_checkpoint(folder, weights, optimizer, origin):
     origin  as in save_checkpoint
     raises  InputError if the run began with another model or other pairs
     """
-    for path in sorted(folder.glob("*.safetensors"), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         metadata, saved = _read_checkpoint(path)
         if saved is None:
             say(f"Warning: {path} is damaged; the one before it is tried")
@@ -92,6 +99,54 @@ def _read_checkpoint(path):
     return metadata, saved
 
 
+def keep_best(folder, weights, step, losses):
+    """Write folder/best_N of the weights after this step, if its held-out loss is the lowest.
+
+    A run that goes on from a checkpoint needs the best one up to there: others are removed.
+
+    losses  {step: held-out loss} of all evaluations, with this one
+    """
+    if best_step(losses) == step:
+        tensors = gather(weights)
+        if is_first():
+            metadata = {"digest": digest_tensors(tensors)}
+            write_tensors(_best(folder, step), tensors, metadata)
+    needed = {_best(folder, best_step(losses))}
+    for path in _checkpoints(folder):
+        reached = int(path.stem.removeprefix("step_"))
+        until = {step: loss for step, loss in losses.items() if step <= reached}
+        needed.add(_best(folder, best_step(until)))
+    for path in set(folder.glob("best_*.safetensors")) - needed:
+        path.unlink(missing_ok=True)
+
+
+def _best(folder, step):
+    """Where the weights of an evaluation are kept."""
+    return folder / f"best_{step or 0:07d}.safetensors"
+
+
+def load_best(folder, weights, losses):
+    """Fill weights with those of the lowest held-out loss, which keep_best wrote.
+
+    raises  InputError if they are gone or damaged
+    """
+    step = best_step(losses)
+    if step is None:
+        say("Warning: no evaluation has a finite loss to keep the best of: the last step is saved")
+        return
+    wait_for_all()  # the first process has written them
+    path = _best(folder, step)
+    _, saved = _read_checkpoint(path)
+    if saved is None:
+        raise InputError(
+            f"{path}, the weights of the lowest held-out loss, is gone or damaged: train anew with "
+            "--overwrite"
+        )
+    for name, weight in weights.items():
+        weight.data.copy_(shard_like(saved[name], weight))
+    say(f"keep=best: the weights after step {step} are saved")
+
+
 def _check_origin(folder, metadata, origin):
     """Refuse to go on with a run on another model or other pairs than it began with."""
     changed = [name for name, digest in origin.items() if metadata.get(name) != digest]
@@ -120,10 +175,13 @@ def _check_room(config, model):
         _check_writable(Path(config.reference_cache), "reference_cache")
     # a weight, its two moments, in float32; two checkpoints are kept while a third is written
     checkpoints = KEPT_CHECKPOINTS + 1 if config.save_every else 1
+    bytes_a_weight = 12 * checkpoints
+    if config.keep == "best":
+        bytes_a_weight += 4 * (checkpoints + 1)
     needed = 0
     for weight in model.parameters():
         if weight.requires_grad:
-            needed += 12 * weight.numel() * checkpoints
+            needed += bytes_a_weight * weight.numel()
     if config.lora_r == 0 or config.lora_merge:
         needed += getattr(torch, config.save_dtype).itemsize * model.num_parameters()
     for path in run.glob("checkpoints/*"):

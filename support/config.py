@@ -34,6 +34,7 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "warmup_ratio",
     "weight_decay",
     "max_grad_norm",
+    "keep",
     "save_dtype",
     "lora_merge",
     "output_dir",
@@ -116,6 +117,7 @@ class Config:
     output_dir: str = "runs/beta{beta}_lr{lr}"
     eval_every: int = Field(50, ge=0)
     save_every: int = Field(50, ge=0)
+    keep: Literal["last", "best"] = "last"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     sample_prompts: int = Field(3, ge=0)
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
@@ -211,6 +213,10 @@ def _check(settings):
         raise InputError(_explain(error.errors()[0])) from error
     if config.columns is not None:
         check_mapping(config.columns)
+    if config.keep == "best" and not config.eval_pairs:
+        raise InputError(
+            "keep=best needs held-out pairs to tell which: eval_pairs=100, or keep=last"
+        )
     if config.label_smoothing and config.loss != "sigmoid":
         raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
     return config

@@ -75,6 +75,12 @@ def sum_over_processes(tensor):
     return tensor
 
 
+def wait_for_all():
+    """Return once all processes are here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def fail_together(device):
     """Raise the first process's InputError in all of them, which else wait for it in vain."""

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from support.files import write_atomically, write_text
 from support.machine import peak_memory
 from support.processes import is_first
-from support.run_log import read_rows
+from support.run_log import read_rows, saved_evaluations
 from support.sources import (
     HubSet,
     bases_used,
@@ -24,7 +24,7 @@ from support.sources import (
     split_names,
     stand_ins_used,
 )
-from support.verdict import compare, conclude, markdown
+from support.verdict import compare, conclude, markdown, tell_best
 
 PANELS = [  # of curves.png, each with its lines
     ["loss"],
@@ -181,27 +181,35 @@ def write_report(folder, config, pairs, answers):
     """
     answers = list(answers)
     trained = read_rows(folder / "metrics.jsonl", "train")
-    held_out = read_rows(folder / "metrics.jsonl", "eval")
+    evaluations = read_rows(folder / "metrics.jsonl", "eval")
+    held_out = saved_evaluations(evaluations, config.keep)
     evaluation = compare(held_out)
+    if config.keep == "best":
+        evaluation += f"\n\n{tell_best(held_out, evaluations)}"
     verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained)
     settings = public_settings(config)
-    against = ""
-    if config.reference_model:
-        against = f", against the reference {settings['reference_model']}"
-    method = (
-        f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
-        f"{settings['dataset']}{against}; the base model's licence holds."
-    )
+    method = _method(settings)
     facts = "\n".join([*pairs, speed])
     listed = yaml.safe_dump(settings, sort_keys=False)
-    table = markdown(["prompt", "before", "trained"], answers)
-    details = f"```yaml\n{listed}```\n```\n{facts}\n```\n{table}\n"
+    details = f"```yaml\n{listed}```\n```\n{facts}\n```\n"
+    details += markdown(["prompt", "before", "trained"], answers) + "\n"
     draw_curves(folder)
     report = f"{method}\n\n{evaluation}\n\n{verdict}\n\n{details}"
     write_text(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{report}")
     card = f"---\n{_card_metadata(config)}---\n{method}\n\n{evaluation}\n\n{details}"
     return card, f"\n{evaluation}\n\n{verdict}\n\n{speed}\nModel and report are in {folder}"
+
+
+def _method(settings):
+    """A sentence on what was done with which models and data, from public_settings."""
+    against = ""
+    if settings["reference_model"]:
+        against = f", against the reference {settings['reference_model']}"
+    return (
+        f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
+        f"{settings['dataset']}{against}; the base model's licence holds."
+    )
 
 
 def _card_metadata(config):

@@ -36,6 +36,33 @@ def read_rows(path, split=None):
     return rows
 
 
+def best_step(losses):
+    """The step of the lowest finite loss, the first of several; None if none is finite.
+
+    losses  {step: loss}, None for one that was not finite
+    """
+    best = None
+    for step, loss in sorted(losses.items()):
+        is_number = loss is not None and math.isfinite(loss)
+        if is_number and (best is None or loss < losses[best]):
+            best = step
+    return best
+
+
+def saved_evaluations(rows, keep):
+    """Those of an evaluation's rows that end with the weights that a run saves.
+
+    keep  last, for all of them, or best, up to the lowest loss
+    """
+    losses = {}
+    for row in rows:
+        losses[row["step"]] = row["loss"]
+    best = best_step(losses)
+    if keep == "last" or best is None:
+        return rows
+    return [row for row in rows if row["step"] <= best]
+
+
 class RunLog:
     """What a run tells while it trains: metrics.jsonl, a tracker, a bar or lines, one clock.
 
@@ -48,10 +75,11 @@ class RunLog:
     done              the step of the checkpoint it goes on from, or 0
     before            seconds that a new run's clock has run already: the reference pass
     peak_share        share of the machine's peak that one token a second is
-    evaluated         (attribute) the steps whose evaluation is in the rows that were kept
+    losses            (attribute) {step: held-out loss} of the evaluations in the log
     """
 
     def __init__(self, folder, config, order, done, before, peak_share):
+        self.folder = folder
         self.path = folder / "metrics.jsonl"
         self.pairs = []  # of each step
         for rows in order:
@@ -60,13 +88,13 @@ class RunLog:
         self.peak_share = peak_share
         self.began = time.time()
         kept = []
-        self.evaluated = set()
+        self.losses = {}
         for row in read_rows(self.path):
             if done == 0 or row["step"] > done:
                 continue
             kept.append(row)
             if row["split"] == "eval":
-                self.evaluated.add(row["step"])
+                self.losses[row["step"]] = row["loss"]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.start = self.began - (kept[-1]["seconds"] if kept else before)
         self.track = _open_tracker(config, folder, done + 1)
@@ -92,6 +120,7 @@ class RunLog:
     def log_evaluation(self, step, figures):
         """Log an evaluation after so many optimizer steps."""
         self._write(step, "eval", figures)
+        self.losses[step] = figures["loss"]
 
     def _write(self, step, split, figures):
         """Append a row to metrics.jsonl, and send it to the tracker."""

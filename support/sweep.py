@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from support.files import write_atomically
 from support.processes import is_first, say
-from support.run_log import read_rows
+from support.run_log import read_rows, saved_evaluations
 
 BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
 # what a loss is a loss of
@@ -39,7 +39,7 @@ def summarize_sweep(configs, varied, failed=None):
             row[name] = plain(getattr(config, name))
         row["output_dir"] = config.output_dir
         reason = (failed or {}).get(config.output_dir)
-        rows.append(row | _outcome(Path(config.output_dir), reason))
+        rows.append(row | _outcome(config, reason))
     rows = rank(rows, scales_of(varied))
     folder = Path(configs[0].output_dir).parent
     frame = pandas.DataFrame(rows)
@@ -62,11 +62,12 @@ def plain(value):
     return value if is_number or isinstance(value, str) else json.dumps(value)
 
 
-def _outcome(folder, reason):
-    """The last evaluation of a run, and as its outcome how it ended."""
+def _outcome(config, reason):
+    """The evaluation of the weights that a run saved, and as its outcome how it ended."""
     if reason is not None:
         return {"outcome": "failed", "reason": str(reason)}
-    held_out = read_rows(folder / "metrics.jsonl", "eval")
+    folder = Path(config.output_dir)
+    held_out = saved_evaluations(read_rows(folder / "metrics.jsonl", "eval"), config.keep)
     trained = read_rows(folder / "metrics.jsonl", "train")
     if not held_out:
         return {"outcome": "not evaluated"}

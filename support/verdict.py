@@ -89,6 +89,21 @@ def compare(held_out):
     return f"{markdown(header, rows)}\n\nMeasurable change: {verdict}."
 
 
+def tell_best(held_out, evaluations):
+    """A sentence on which evaluation's weights were saved as the best.
+
+    held_out     rows of metrics.jsonl up to that one
+    evaluations  all of them
+    """
+    if not held_out or held_out[-1]["loss"] is None:
+        return "keep=best: no evaluation has a finite loss; the last step is saved."
+    step = held_out[-1]["step"]
+    best = f"step {step}, the lowest held-out loss of {len(evaluations)} evaluations"
+    if step == 0:
+        return f"Saved: the model as it was before training ({best})."
+    return f"Saved: the weights after {best}; chosen by these pairs, its figures flatter a little."
+
+
 def conclude(config, trained, held_out, answers):
     """What a run's figures mean and what to try next, in a few sentences.
 

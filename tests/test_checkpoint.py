@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 import dpo_loss
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
-from support import files, processes, report, run_log
+from support import checkpoint, files, processes, report, run_log
 from support.checkpoint import claim
 from support.config import Config, _Loader, read_config
 from support.errors import InputError
@@ -983,3 +983,122 @@ def test_too_full_a_disk_is_told_before_the_reference_pass_with_both_numbers(
     printed = capsys.readouterr().out
     assert "Error: output_dir out: 1e-06 GB are free on its disk" in printed
     assert "reference, train" not in printed
+
+
+# keep: best
+
+BEST = {"lr": 1e-2, "epochs": 3, "eval_every": 1, "save_every": 2, "keep": "best"}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, dpo):
+    """The folder of an undisturbed run whose held-out loss is the lowest after step 2 of 9."""
+    folder = tmp_path_factory.mktemp("best") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **_: Path(path).write_bytes(b""))
+        assert dpo(**BEST, output_dir=str(folder)) == 0
+    losses = [row["loss"] for row in read_metrics(folder, "eval")]
+    assert losses.index(min(losses)) == 2 and len(losses) == 10
+    return folder
+
+
+def test_the_weights_of_the_lowest_held_out_loss_are_saved_and_the_report_says_which(
+    dpo, kept, monkeypatch, capsys
+):
+    weights, evaluate = {}, train_dpo.evaluate
+
+    def watched(setup, config, log, step):
+        weights[step] = {name: weight.detach().clone() for name, weight in setup.weights.items()}
+        evaluate(setup, config, log, step)
+
+    monkeypatch.setattr(train_dpo, "evaluate", watched)
+    assert dpo(**BEST) == 0
+    assert weights_bytes() == weights_bytes(kept)
+    for name, saved in load_file("out/model/model.safetensors").items():
+        assert torch.equal(saved, weights[2][name]) and name in weights[9]
+    report = Path("out/report.md").read_text()
+    told = "Saved: the weights after step 2, the lowest held-out loss of 10 evaluations"
+    assert told in report and told in Path("out/model/README.md").read_text()
+    after = read_metrics(split="eval")[2]["loss"]
+    assert f"| loss | 0.6931 | {after:.4f} |" in report.replace("loss |", "| loss |", 1)
+    assert "keep=best: the weights after step 2 are saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", [2, 4, 5])
+def test_a_run_that_keeps_the_best_ends_with_the_same_bytes_wherever_it_was_killed(
+    dpo, kept, monkeypatch, call, when
+):
+    """Files are, in this order: best_0, best_1, step_2, best_2, step_4, step_6, step_8, step_9."""
+    write, calls = files.write_tensors, []
+
+    def killed(*given):
+        calls.append(given[0].stem)
+        if when == "after":
+            write(*given)
+        if len(calls) == call:
+            raise OSError("killed")
+        if when == "before":
+            write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", killed)
+        assert dpo(**BEST) == 1
+    assert dpo(**BEST) == 0
+    assert weights_bytes() == weights_bytes(kept)
+    assert read_metrics() == read_metrics(kept)
+
+
+def test_the_best_up_to_the_older_checkpoint_is_there_when_the_newer_one_is_damaged(
+    dpo, monkeypatch
+):
+    """Of a loss that falls, where each evaluation would else remove the best before it."""
+    summarize = train_dpo.summarize
+
+    def falling(metrics, before=None):
+        figures = summarize(metrics, before)
+        if before is not None:
+            moved = metrics["logps/chosen"] - before["logps/chosen"]
+            figures["loss"] = -moved.abs().mean().item()
+        return figures
+
+    monkeypatch.setattr(train_dpo, "summarize", falling)
+    steady = BEST | {"lr": 1e-3, "lr_schedule": "constant"}
+    assert dpo(**steady, output_dir="whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(6, patch)
+        assert dpo(**steady) == 143
+    losses = [row["loss"] for row in read_metrics(split="eval")]
+    assert losses == sorted(losses, reverse=True)
+    left = sorted(path.stem[-1] for path in Path("out/checkpoints").glob("best_*"))
+    assert left == ["2", "4", "5"]  # 2 until the next evaluation
+    Path("out/checkpoints/step_0000006.safetensors").write_bytes(b"")
+    Path("out/checkpoints/best_0000005.safetensors").write_bytes(b"")
+    assert dpo(**steady) == 0
+    assert weights_bytes("out") == weights_bytes("whole")
+
+
+def test_no_evaluation_better_than_the_first_saves_the_model_as_it_was(dpo, tiny_model):
+    assert dpo(**BEST | {"lr": 1.0}) == 0
+    text = "Saved: the model as it was before training (step 0, the lowest held-out loss of 10"
+    assert text in Path("out/report.md").read_text()
+    before = load_file(f"{tiny_model}/model.safetensors")
+    after = load_file("out/model/model.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_the_best_weights_gone_or_damaged_are_told(dpo, monkeypatch, capsys):
+    load = train_dpo.load_best
+
+    def spoiled(folder, *given):
+        Path(folder, "best_0000002.safetensors").write_bytes(b"")
+        load(folder, *given)
+
+    monkeypatch.setattr(train_dpo, "load_best", spoiled)
+    assert dpo(**BEST) == 2
+    assert "the weights of the lowest held-out loss, is gone or damaged" in capsys.readouterr().out
+
+
+def test_keep_best_without_held_out_pairs_is_refused(dpo, capsys):
+    assert dpo(keep="best", eval_pairs=0) == 2
+    assert "keep=best needs held-out pairs to tell which: eval_pairs=100" in capsys.readouterr().out

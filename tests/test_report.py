@@ -25,6 +25,7 @@ from helpers import (
 )
 from support import dry_run, report
 from support.config import Config, read_config
+from support.preference import describe_preference
 from support.sampler import greedy_answers
 
 
@@ -75,6 +76,25 @@ def test_the_report_shows_before_and_after_and_what_was_set(finished):
     asked = json.loads(finished.pairs["eval"][0].prompt)[-1]["content"]
     assert f"\n| {asked} | " in report.partition("| prompt | before | trained |")[2]
     assert "license: other" in (finished.folder / "model" / "README.md").read_text()
+
+
+def test_the_share_of_pairs_that_the_reference_prefers_is_told_by_sum_and_by_average():
+    logps = torch.tensor([[-4.0, -6.0], [-8.0, -6.0], [-8.0, -6.0], [-5.0, -5.0]])
+    lengths = torch.tensor([[2, 4], [8, 3], [4, 3], [5, 5]])
+    reference = {"train": logps, "eval": logps[:0]}
+    assert describe_preference(reference, {"train": lengths, "eval": lengths[:0]}) == [
+        "the reference's log-probability is higher for the chosen answer: 25.0 % of train pairs",
+        "  its average a token is higher: 25.0 % of train pairs",
+    ]
+    reference["eval"] = logps[:2]
+    _, average = describe_preference(reference, {"train": lengths, "eval": lengths[:2]})
+    assert average == "  its average a token is higher: 25.0 % of train pairs, 50.0 % of eval pairs"
+
+
+def test_what_the_reference_prefers_stands_in_the_log_and_the_report(finished):
+    told = re.compile(r"the reference's log-probability is higher for the chosen answer: .* eval")
+    report = (finished.folder / "report.md").read_text()
+    assert told.search(report)[0] == told.search(finished.printed)[0]
 
 
 def test_sampled_answers_are_the_models_own_greedy_ones(ready, tiny_model):

@@ -53,6 +53,19 @@ def test_a_sweep_over_the_loss_keeps_each_runs_kind_beside_its_figure():
     assert column(rows, "held-out loss") == ["25.0", "0.6"]
 
 
+def test_a_run_that_kept_the_best_stands_in_the_table_with_that_evaluation():
+    rows = [*held_out(**figures_of(0.7, 0.6, 1.0)), *held_out(**figures_of(0.9, 0.8, 2.0))[1:]]
+    for step, row in enumerate(rows):
+        row["step"] = step
+    Path("s").mkdir()
+    Path("s/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for keep, accuracy in (("best", 0.7), ("last", 0.9)):
+        configs, varied = read_config(CONFIG, [f"keep={keep}", "output_dir=s"])
+        sweep.summarize_sweep(configs, ["lr"])
+        (row,) = csv.DictReader(Path("sweep.csv").read_text().splitlines())
+        assert float(row["rewards/accuracies"]) == accuracy
+
+
 def test_diverged_and_failed_runs_come_last_and_are_marked(capsys):
     figures = [UNFINITE, figures_of(0.9, 0.1, 99.0), None, figures_of(0.6, 0.68, 0.1)]
     rows = sweep_of(*figures, failed={1: "no space left"}, lr=[1e-1, 1e-2, 1e-3, 1e-4])
@@ -69,7 +82,8 @@ def test_a_run_whose_last_update_was_skipped_does_not_lead():
     Path("s/run_lr0.1").mkdir(parents=True)
     rows = [skipped, *held_out(**figures_of(0.9, 0.1, 9.0))]
     Path("s/run_lr0.1/metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert sweep._outcome(Path("s/run_lr0.1"), None)["outcome"] == "diverged"
+    (config,), _ = read_config(CONFIG, ["output_dir=s/run_lr0.1"])
+    assert sweep._outcome(config, None)["outcome"] == "diverged"
 
 
 def test_a_sweep_of_which_every_run_failed_has_a_table_and_no_picture():
