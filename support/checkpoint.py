@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import asdict, fields
+from os.path import exists  # Path's own raises where a folder may not be entered
 from pathlib import Path
 
 import torch
@@ -198,7 +199,7 @@ def _check_room(config, model):
 def _existing(folder):
     """The folder itself, or the nearest one above it that is there."""
     folder = folder.absolute()
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     return folder
 
@@ -221,20 +222,20 @@ def is_finished(folder, config, overwrite=False):
     _check_is_a_runs(folder)
     if overwrite:
         return False
-    if path.exists():
+    if exists(path):
         changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
-    return (folder / "model").exists()
+    return exists(folder / "model")
 
 
 def _check_is_a_runs(folder):
     """Refuse a folder that holds the program, or a config.yaml that a run has not written."""
     settings = folder / "config.yaml"
     program = folder / "train_dpo.py"
-    of_a_run = (folder / ".lock").exists() or (folder / "metrics.jsonl").exists()
-    if program.exists() or (settings.exists() and not of_a_run):
-        found = program if program.exists() else settings
+    of_a_run = exists(folder / ".lock") or exists(folder / "metrics.jsonl")
+    if exists(program) or (exists(settings) and not of_a_run):
+        found = program if exists(program) else settings
         raise InputError(
             f"output_dir {folder} is no run's folder, for it holds {found.name}: what is there "
             "would be replaced. Give a folder of its own, such as output_dir=runs/mine"

@@ -188,7 +188,10 @@ def add_adapter(model, config):
     try:
         model.add_adapter(lora)
     except (ValueError, re.error) as error:
-        raise InputError(f"lora_target_modules: {error}") from error
+        raise InputError(
+            f"lora_target_modules: {str(error).splitlines()[0]} Give all-linear, or a regular "
+            "expression that fits the whole name of each layer, such as .*(q|v)_proj"
+        ) from error
     if hasattr(model.get_output_embeddings(), "lora_A"):
         raise InputError(
             "lora_target_modules: it names the LM head too, of which an adapter would not be "

@@ -187,7 +187,11 @@ def _read_file(path):
         fault = f"{path} cannot be read: it is not in UTF-8. Save it in that ({first_line(error)})"
         raise InputError(fault) from error
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+        fault = f"{path} cannot be read: {first_line(error)}"
+        if kind == ".parquet" and isinstance(error, OSError):
+            copy = datasets.config.HF_DATASETS_CACHE
+            fault += f" (datasets keeps a copy of it in {copy}; the variable HF_HOME moves that)"
+        raise InputError(fault) from error
 
 
 def _check_encoding(file, path):

@@ -250,6 +250,12 @@ def test_unknown_columns_can_be_printed_whatever_their_names():
     assert len(reason({"x" * 10**6: 1})) == 200
 
 
+def test_a_token_id_takes_four_bytes():
+    pair = encoder().encode(record())
+    for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
+        assert memoryview(ids).nbytes == 4 * len(ids)
+
+
 def test_text_that_only_looks_like_a_control_token_is_kept():
     assert text(encoder().encode(record(chosen="a <|end|> | im_end")).chosen_ids).startswith("a <|")
 

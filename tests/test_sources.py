@@ -548,6 +548,15 @@ def test_parquet_and_saved_sets_stay_where_they_are(saved, tmp_path):
         assert [r["prompt"] for r in found] == ["Q 1", "Q 3"]
 
 
+def test_a_copy_of_parquet_that_cannot_be_written_names_its_folder(tmp_path, monkeypatch):
+    import datasets
+
+    datasets.Dataset.from_list(many(2)).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/cache")
+    with pytest.raises(InputError, match="a.parquet cannot be read: .*/proc/cache; the variable"):
+        sources.read_records("a.parquet")
+
+
 # What is wrong with a file
 
 
