@@ -18,7 +18,7 @@ def write_atomically(path, write):
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     write(temporary)
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:  # Windows flushes only what may be written
         os.fsync(file.fileno())
     os.replace(temporary, path)
 

@@ -1,8 +1,9 @@
 """The machine: what device and dtype a run computes with, its speed, the memory that was used."""
 
+import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import transformers
@@ -10,6 +11,8 @@ from torch.utils.benchmark import Timer
 
 from support.errors import InputError, first_line
 from support.processes import WORLD
+
+resource = import_module("resource") if find_spec("resource") else None  # Windows has none
 
 
 def resolve_machine(config):
@@ -87,5 +90,13 @@ def operations_a_token(model, weights):
 
 
 def peak_memory():
-    """Bytes of GPU memory, or of main memory without one, that this process held at most."""
-    return torch.cuda.max_memory_allocated() or getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of GPU memory, or of main memory without one, that this process held at most.
+
+    returns  int; None where the system does not tell
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else 1024 * held

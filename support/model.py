@@ -299,7 +299,8 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
         model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     (temporary / "README.md").write_text(card, encoding="utf-8")
-    os.sync()
+    if hasattr(os, "sync"):  # Windows has none
+        os.sync()
     os.replace(temporary, folder / "model")
 
 

@@ -165,9 +165,10 @@ def describe_speed(trained):
         rates.append(row["tokens_per_second"])
         skipped += "skipped" in row
     rate = statistics.median_high(rates)
-    memory = peak_memory() / 1e9
+    memory = peak_memory()
+    held = "" if memory is None else f"{memory / 1e9:.1f} GB, "
     return (
-        f"{seconds:.0f} s since the reference pass began, {rate:.0f} tokens/s, {memory:.1f} GB, "
+        f"{seconds:.0f} s since the reference pass began, {rate:.0f} tokens/s, {held}"
         f"{skipped} updates skipped"
     )
 

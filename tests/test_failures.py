@@ -1,5 +1,7 @@
 """A run that fails: what the user is told to do, and the other runs of its sweep."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 import train_dpo
-from helpers import weights_bytes
+from helpers import CONFIG, ROOT, weights_bytes
 from support import sweep
 from support.errors import InputError
 
@@ -138,3 +140,24 @@ def test_null_and_a_value_are_swept_to_their_table(dpo, capsys, swept):
     assert "The sweep is in sweep.csv and sweep.png" in printed
     table = printed[printed.rindex("revision") :]
     assert ("null" in table or "None" in table) and "v1" in table
+
+
+def test_nothing_at_import_or_in_a_run_is_for_linux_alone(overrides):
+    """The libraries come first: what is hidden and faked afterwards is for this project alone."""
+    hidden = (
+        "import os, sys, torch, transformers, datasets, pandas, yaml, pydantic, filelock\n"
+        "import matplotlib.figure, torch.utils.benchmark, torch.distributed.fsdp\n"
+        "import torch.distributed.tensor, multiprocessing.pool\n"
+        "from transformers import LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "sys.modules['resource'] = sys.modules['fcntl'] = sys.modules['pwd'] = None\n"
+        "del os.sync, os.getuid, os.fork\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "sys.platform = 'win32'\n"
+        "import train_dpo\n"
+        f"sys.exit(train_dpo.main(['--config', {CONFIG!r}, *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-c", hidden, *overrides(save_every=1, sample_prompts=1)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    report = Path("out/report.md").read_text()
+    assert "tokens/s, 0 updates skipped" in report and Path("out/model/model.safetensors").exists()
