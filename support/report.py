@@ -109,13 +109,15 @@ def draw_curves(folder):
         return
     trained = pandas.DataFrame(read_rows(folder / "metrics.jsonl", "train"))
     held_out = pandas.DataFrame(read_rows(folder / "metrics.jsonl", "eval"))
+    first_loss = trained["loss"][0]  # None where it was not finite
+    begins_at_ln_2 = first_loss is not None and math.isclose(first_loss, math.log(2), abs_tol=1e-6)
     figure = Figure((12, 6.5), layout="constrained")
     for axis, names in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name, color in zip(names, COLORS, strict=False):
             _draw_training(axis, name, color, trained, name in held_out)
             if name in held_out:
                 _draw_evaluation(axis, name, color, held_out)
-        if "loss" in names and math.isclose(trained["loss"][0], math.log(2), abs_tol=1e-6):
+        if "loss" in names and begins_at_ln_2:
             axis.axhline(math.log(2), color="gray", linestyle=":", label="ln 2")
         axis.set(title=", ".join(names), xlabel="optimizer step")
         axis.legend(fontsize=8)
