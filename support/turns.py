@@ -8,9 +8,11 @@ import ast
 import json
 import re
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "agent": "assistant"}
+ROLES |= {"observation": "tool"}
 ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-LIST_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
+SPEAKER_AND_TEXT = (("role", "content"), ("from", "value"), ("speaker", "text"))
+LIST_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value|speaker)["']\s*:""")
 TEMPLATED = re.compile(
     r"\s*(<s>\s*)?\[INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
     r"|\s*### (Instruction|Human|User)\b"
@@ -33,7 +35,7 @@ def turns_of(value, column, role="assistant"):
     "text"                                      one turn of this role
     "\n\nHuman: ...\n\nAssistant: ..."          the turns of a transcript
     "[{'role': ..., 'content': ...}]"           the list that was stored as text, JSON or Python
-    {"role", "content"} or {"from", "value"}    one turn
+    {"role", "content"}, {"from", "value"} or {"speaker", "text"}    one turn
     a list of such turns
     {"messages": such a list}
 
@@ -67,9 +69,14 @@ def _parse(text, column):
 def _turn(item, column):
     """One turn by the names that chat templates use."""
     drop_if(not isinstance(item, dict), _malformed(column))
-    role = ROLES.get(str(item.get("role", item.get("from"))).lower())
+    role = None
+    for speaker, said in SPEAKER_AND_TEXT:
+        if speaker in item:
+            role = ROLES.get(str(item[speaker]).lower())
+            content = item.get(said)
+            break
     drop_if(role is None, _malformed(column))
-    turn = {"role": role, "content": _content(item.get("content", item.get("value")), column)}
+    turn = {"role": role, "content": _content(content, column)}
     for name in ("tool_calls", "tool_call_id", "name"):
         if item.get(name):
             turn[name] = item[name]

@@ -384,6 +384,15 @@ def test_columns_maps_two_answers_and_a_label(winner):
     assert "names no answer" in why(OWN | {"label": 3}, numbered)
 
 
+def test_turns_of_speaker_and_text_are_read_as_turns():
+    said = [{"speaker": "human", "text": "Name a fruit."}]
+    answers = {"better": {"speaker": "agent", "text": GOOD}}
+    answers |= {"worse": {"speaker": "agent", "text": BAD}, "conversation": said}
+    columns = {"prompt": "conversation", "chosen": "better", "rejected": "worse"}
+    found = read_preference(answers, columns)
+    assert (found.messages, found.chosen, found.rejected) == (ASK, GOOD, BAD)
+
+
 def test_columns_leaves_sets_with_other_columns_to_the_table():
     columns = {"prompt": "ask", "chosen": "good", "rejected": "bad"}
     assert read_preference(DIALOGUES, columns).chosen == GOOD
