@@ -18,11 +18,12 @@ from itertools import islice
 import torch
 from jinja2 import TemplateError
 
+from support.columns import check_columns
 from support.errors import InputError, first_line, shorten
 from support.processes import say
-from support.shapes import absent_columns, accepted_columns, read_preference
+from support.shapes import accepted_columns, read_preference
 from support.sources import MissingSplit, Sets, open_source, read_records, split_names
-from support.template import compare_template
+from support.template import compare_template, left_out_of
 from support.turns import Drop, drop_if
 
 
@@ -39,6 +40,7 @@ class Pair:
     reversed: bool = False  # whether the chosen answer has the lower score
     shape: str = ""  # what its record was recognised as
     unused: tuple[str, ...] = ()  # the record's columns that are filled and were not used
+    repeated: bool = False  # whether both answers began with the prompt, which was taken out
 
     @property
     def tokens(self):
@@ -84,7 +86,7 @@ def load_pairs(config, tokenizer, look=None):
     encoder = PairEncoder(tokenizer, *limits, config.keep_ties, config.columns)
     drops = {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
-    _check_columns(config, records)
+    check_columns(config.columns or {}, records)
     order = visiting_order(len(records), config.shuffle, config.seed)
 
     # evaluation pairs first, for their prompts are not trained on
@@ -118,31 +120,20 @@ def load_pairs(config, tokenizer, look=None):
     return pairs, drops
 
 
-def _check_columns(config, records):
-    """Refuse a setting `columns` with names that none of the first records has."""
-    if config.columns is None:
-        return
-    absent = []
-    for index in range(min(len(records), 100)):
-        there = records[index] if isinstance(records[index], dict) else {}
-        absent = absent_columns(config.columns, there)
-        if not absent:
-            return
-    if absent:
-        names = ", ".join(map(str, there))[:200]
-        raise InputError(f"columns: {config.dataset} has no column {absent[0]}, only: {names}")
-
-
 def _say_what_is_odd(pairs, encoder, records):
     """Say loudly what a set or a template has that its owner may not know of."""
     both_ways = _count_both_ways(pairs["train"])
     if both_ways:
         say(f"!!! {both_ways} train pairs stand in the set the other way round too; used as is !!!")
     for split, part in pairs.items():
-        turned = sum(pair.reversed for pair in part)
-        if turned:
-            count = f"{turned} of {len(part)} {split} pairs"
-            say(f"!!! {count} score the rejected answer above the chosen one; used as they are !!!")
+        findings = {
+            "score the rejected answer above the chosen one; used as they are": "reversed",
+            "repeat the prompt at the beginning of both answers; it is taken out": "repeated",
+        }
+        for finding, name in findings.items():
+            number = sum(getattr(pair, name) for pair in part)
+            if number:
+                say(f"!!! {number} of {len(part)} {split} pairs {finding} !!!")
     first = read_preference(records[pairs["train"][0].index], encoder.columns)
     warning = compare_template(encoder, first.messages, first.chosen)
     if warning:
@@ -189,7 +180,9 @@ def _no_usable_pair(source, records, drops, columns):
         try:
             read_preference(records[index], columns)
         except Drop as reason:
-            lines += [f"Record {index}: {reason}", *shorten(records[index]), accepted_columns()]
+            if str(reason).startswith("tie"):
+                continue
+            lines += [f"Record {index}: {reason}", *shorten(records[index]), *accepted_columns()]
             break
     return InputError("\n".join(lines))
 
@@ -255,7 +248,7 @@ class PairEncoder:
     max_length         tokens of prompt + answer, at most
     max_prompt_length  tokens of the prompt, at most
     keep_ties          whether pairs of equal score are kept
-    columns            the setting of that name, {meaning: column}, or None
+    columns            the setting of that name, {place: column}, or None
     end_of_turn        (attribute) id of the token that ends an answer
     raises             InputError if the tokenizer has no token that could end an answer, or a
                        chat template that fails on a plain question and answer
@@ -319,13 +312,16 @@ class PairEncoder:
         preference = read_preference(record, self.columns)
         self._check(preference)
         tools = {"tools": preference.tools} if preference.tools else {}
+        end = [self.end_of_turn] if preference.is_whole else []
         try:
             rendered = self.render(preference.messages, add_generation_prompt=True, **tools)
             prompt_ids = self.bos + self._ids(rendered)
-            chosen_ids = [*self._ids(preference.chosen), self.end_of_turn]
-            rejected_ids = [*self._ids(preference.rejected), self.end_of_turn]
+            chosen_ids = self._ids(preference.chosen) + end
+            rejected_ids = self._ids(preference.rejected) + end
         except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
+        left_out = left_out_of(rendered, preference)
+        drop_if(left_out, f"the chat template leaves out {left_out}")
 
         # a prompt loses its beginning, an answer its end
         kept = prompt_ids[-self.max_prompt_length :]
@@ -349,6 +345,7 @@ class PairEncoder:
             reversed=is_reversed,
             shape=preference.shape,
             unused=preference.unused,
+            repeated=preference.repeated,
         )
 
     def _check(self, preference):
@@ -364,10 +361,6 @@ class PairEncoder:
         drop_if(tie and not self.keep_ties, "tie in score")
         for text in texts:
             drop_if(re.search("[\ud800-\udfff]", text), "malformed: not Unicode text")
-        uses_tools = preference.tools or any(m["role"] == "tool" for m in preference.messages)
-        uses_tools = uses_tools or any("tool_calls" in m for m in preference.messages)
-        renders_tools = "tool" in str(self.tokenizer.chat_template)
-        drop_if(uses_tools and not renders_tools, "tools, which the chat template does not render")
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):

@@ -14,6 +14,6 @@ adapters    a model that is an adapter, merged    sampler     answers that a mod
 attention   of a row whose answers share a prompt failures    what ends a run, what to do then
 template    a chat template against generation    cache       tensors that runs share
 machine     device and dtype, speed, memory       processes   torchrun's ranks, signals, printing
-checks      what is asked of model and pairs      errors      InputError
-files       files written whole or not at all
+checks      what is asked of model and pairs      columns     names of columns of a set's own
+files       files written whole or not at all     errors      InputError
 """

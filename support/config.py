@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from support.columns import check_places
 from support.errors import InputError
 from support.processes import say
-from support.shapes import check_mapping
 
 CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
 OTHER_NAMES = Path(__file__).parent / "other_names.yaml"  # other trainers' settings
@@ -93,7 +93,7 @@ class Config:
     train_pairs: int = Field(500, ge=0)
     eval_pairs: int = Field(100, ge=0)
     shuffle: bool = True
-    columns: dict[str, str | int] | None = None
+    columns: dict[str, str | int | float | bool | None] | None = None
     keep_ties: bool = False
     seed: int = Field(42, ge=0, lt=2**32)
     max_length: int = Field(1024, ge=2)
@@ -211,8 +211,7 @@ def _check(settings):
         config = Config(**settings)
     except ValidationError as error:
         raise InputError(_explain(error.errors()[0])) from error
-    if config.columns is not None:
-        check_mapping(config.columns)
+    check_places(config.columns or {})
     if config.keep == "best" and not config.eval_pairs:
         raise InputError(
             "keep=best needs held-out pairs to tell which: eval_pairs=100, or keep=last"

@@ -1,458 +1,538 @@
-"""Which columns of a preference set mean what: a record in, a Preference or a Drop out.
+"""Which columns of a record make a pair: the shapes of preference sets, in one table.
 
-ANSWER_SHAPES finds the two answers and which is better, PROMPT_SHAPES what was asked; each shape is
-a function with an example in its docstring. A set that fits none is taken by the setting `columns`.
+A shape finds the two answers and which of them is chosen; the prompt is found alike for all. A new
+name goes into one of the tuples, a new structure into a function that SHAPES, at the end, lists.
 """
 
 import json
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field
+from statistics import fmean
 
-from support.errors import InputError
-from support.turns import TEMPLATED, Drop, drop_if, turns_of
+from support.columns import EXAMPLES, LABEL_VALUES, under_known_names
+from support.turns import Drop, as_tools, as_turns, drop_if, first_of, is_filled, parsed, texts_in
 
-# Columns by name. A new name goes into one of these tables, a new structure into the shapes below.
+SYSTEMS = ("system", "system_prompt")
+QUESTIONS = ("prompt", "instruction", "question", "query", "messages", "conversations")
+PROMPTS = (*QUESTIONS, "context", "history", "input")  # the first that is filled holds the prompt
+# What else would change a prompt: a record in which one of these is filled but not used is dropped.
+TOOLS = ("tools", "functions", "tool_calls")
+ATTACHED = ("documents", "image", "images", "videos", "audios")
+OF_A_PROMPT = (*SYSTEMS, *PROMPTS, *TOOLS, *ATTACHED)
 ANSWERS = (
     ("chosen", "rejected"),
     ("chosen_response", "rejected_response"),
-    ("preferred_output", "non_preferred_output"),
-    ("response_j", "response_k"),
     ("response_chosen", "response_rejected"),
+    ("response_j", "response_k"),
     ("accepted", "rejected"),
 )
-BY_SIGN = {-3: 0, -2: 0, -1: 0, 1: 1, 2: 1, 3: 1}  # negative: the first is better
-LABELLED = (  # two answers, the label, and which answer its values name
-    ("output_1", "output_2", "preference", {1: 0, 2: 1}),
-    ("human_ref_A", "human_ref_B", "labels", {1: 0, 0: 1}),
-    ("response_0", "response_1", "better_response_id", {0: 0, 1: 1}),
-    ("response1", "response2", "overall_preference", BY_SIGN),
-    ("response_1", "response_2", "preference_strength", BY_SIGN),
-    ("conversation_a", "conversation_b", "winner", {"model_a": 0, "model_b": 1}),
+# {} is chosen or rejected
+SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
+LABELLED = (  # two answers, and what names the better one
+    ("output_1", "output_2", "preference"),
+    ("response_0", "response_1", "better_response_id"),
+    ("conversation_a", "conversation_b", "winner"),
+    ("response_a", "response_b", "winner"),
 )
-TIES = {0, "tie", "tie (bothbad)", "both_bad"}
-RANKED = (("completions", "response"), ("answers", "answer"))
-SCORES = (
-    "score_{}",
-    "{}_score",
-    "{}_avg_rating",
-    "{}_rating",
-    "{}-rating",
-    "rating_{}",
-)  # of chosen, rejected
-SYSTEMS = ("system", "system_prompt")
-CHANGES_THE_PROMPT = (
-    *("prompt", "instruction", "question", "input", "context", "history", *SYSTEMS),
-    *("tools", "functions", "tool_calls", "documents", "image", "images", "videos", "audios"),
+COMPARED = (  # two answers, and a number that is below zero where the first is better
+    ("response1", "response2", "overall_preference"),
+    ("response_1", "response_2", "preference_strength"),
 )
-MAPPED = ("prompt", "chosen", "rejected", "system", "score_chosen", "score_rejected")
-MAPPED_LABEL = ("a", "b", "winner", "a_if", "b_if")
-NAMES_OF_TWO = {"a": 0, "b": 1, "A": 0, "B": 1, "model_a": 0, "model_b": 1}
+TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "equal", "same", "draw")
+RANKED = ("completions", "answers", "responses", "generations")
+RATINGS = ("ratings", "scores", "rewards")  # of a list of texts, beside it
+# of an answer in a list
+TEXTS = ("response", "answer", "content", "text", "completion", "output")
+SCORE_OF_ONE = ("overall_score", "score", "rating", "reward")
 
 
 @dataclass(frozen=True)
 class Preference:
-    """What a record says: a prompt, and a better and a worse answer to it."""
+    """A record's pair, as text."""
 
-    messages: list[
-        dict
-    ]  # the prompt's turns {"role", "content"}; the last is the user's or a tool's
+    messages: list[dict]  # the prompt's turns {"role", "content", ...}, ending before the answer
     chosen: str
     rejected: str
-    scores: tuple[float, float] | None  # of chosen and rejected
-    shape: str  # the names of the shapes that took the answers and the prompt
-    unused: tuple[str, ...]  # filled columns that were not read
-    tools: list | None = None  # descriptions of tools, for the chat template
+    scores: tuple[float, float] | None
+    shape: str  # name of the function of SHAPES that took it
+    unused: tuple[str, ...]  # filled columns that were not used
+    tools: list[dict] | None = None  # functions for the chat template to describe
+    is_whole: bool = True  # whether the answers come to their end; False for a step of them
+    repeated: bool = False  # whether both answers began with the prompt, which is taken out
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The two answers of a record as they stand in it."""
+    """What a shape finds: two cells, what a reason calls them, and their scores if any."""
 
-    names: tuple[str, str]  # their columns, better one first
-    values: tuple
+    names: tuple[str, str]
+    chosen: object
+    rejected: object
     scores: tuple[float, float] | None = None
 
 
-class Columns:
-    """A record's columns, which notes those that are read."""
+@dataclass
+class Fields:
+    """A record's columns under the names known here, and which of them were used."""
 
-    def __init__(self, record):
-        self.record = record
-        self.read = set()
+    record: dict
+    columns: dict  # the setting of this name
+    used: set[str] = field(default_factory=set)
 
-    def has(self, *names):
-        """Whether there are columns of all these names."""
-        return self.record.keys() >= set(names)
+    def has(self, *columns):
+        """Whether the record has all of these columns."""
+        return self.record.keys() >= set(columns)
 
-    def filled(self, *names):
-        """The first of some columns that holds something, or None."""
-        for name in names:
-            value = self.record.get(name)
-            if value is not None and value != "" and value != [] and value != {}:
-                return name
+    def find(self, *columns):
+        """The first of these columns that is filled, which is used from now on; or None."""
+        for column in columns:
+            if is_filled(self.record.get(column)):
+                self.used.add(column)
+                return column
         return None
 
-    def take(self, name):
-        """A column's value."""
-        self.read.add(name)
-        return self.record[name]
+    def take(self, *columns):
+        """The value of the first of these columns that is filled, or None."""
+        column = self.find(*columns)
+        return None if column is None else self.record[column]
 
+    def answers(self, chosen, rejected, scores=None):
+        """Answers of two columns, filled or not."""
+        self.used |= {chosen, rejected}
+        names = (self.name(chosen), self.name(rejected))
+        return Answers(names, self.record[chosen], self.record[rejected], scores)
 
-def chosen_and_rejected(columns):
-    """{"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}"""
-    for names in ANSWERS:
-        if columns.has(*names):
-            return Answers(names, (columns.take(names[0]), columns.take(names[1])))
-    return None
-
-
-def two_answers_and_a_label(columns):
-    """{"instruction": "A fruit?", "output_1": "No.", "output_2": "An apple.", "preference": 2}"""
-    for first, second, label, winners in LABELLED:
-        if columns.has(first, second, label):
-            winner = _winner(columns.take(label), label, winners)
-            names = (first, second) if winner == 0 else (second, first)
-            return Answers(names, (columns.take(names[0]), columns.take(names[1])))
-    return None
-
-
-def _winner(value, label, winners):
-    """Which of two answers a label names: 0 or 1."""
-    value = _plain(value)
-    known = isinstance(value, str | int | float) and value in winners
-    if not known:
-        drop_if(isinstance(value, str | int | float) and value in TIES, f"tie in {label}")
-        raise Drop(f"malformed: {label} is {value!r:.40}, which names no answer")
-    return winners[value]
-
-
-def _plain(value):
-    """A label without the space around it; a number also where a CSV cell holds it as text."""
-    if not isinstance(value, str):
-        return value
-    number = _number(value)
-    return value.strip() if number is None else number
-
-
-def ranked_answers(columns):
-    """{"prompt": "Name a fruit.", "answers": [{"answer": "An apple.", "rank": 1}, ...]}"""
-    for column, text in RANKED:
-        if isinstance(columns.record.get(column), list):
-            return _best_and_worst(columns.take(column), column, text)
-    return None
-
-
-def _best_and_worst(found, column, text):
-    """The two ends of a ranking, a list of answers with a score or a rank each."""
-    scored = []
-    for item in found:
-        drop_if(not isinstance(item, dict) or text not in item, f"malformed: {column}")
-        scored.append((_score(item, column), item[text]))
-    drop_if(len(scored) < 2, f"fewer than two answers in {column}")
-    best = max(scored, key=lambda pair: pair[0])
-    worst = min(scored, key=lambda pair: pair[0])
-    drop_if(best[0] == worst[0], "tie in score")
-    return Answers((column, column), (best[1], worst[1]), (best[0], worst[0]))
-
-
-def _score(item, column):
-    """How good one of several answers is; a rank of 1 is the best."""
-    for name, sign in (("overall_score", 1), ("fine-grained_score", 1), ("rank", -1)):
-        number = _number(item.get(name))
-        if number is not None:
-            return sign * number
-    raise Drop(f"malformed: {column} without a score or a rank")
-
-
-ANSWER_SHAPES = (chosen_and_rejected, two_answers_and_a_label, ranked_answers)
-
-
-def a_prompt(columns):
-    """{"prompt": "Name a fruit."}, or question"""
-    return _take_filled(columns, "prompt", "question")
-
-
-def an_instruction(columns):
-    """{"instruction": "Translate.", "input": "Apfel"}, joined by an empty line"""
-    if not columns.filled("instruction"):
-        return None
-    turns = turns_of(columns.take("instruction"), "instruction", "user")
-    if columns.filled("input") and turns:
-        added = columns.take("input")
-        drop_if(not isinstance(added, str), "malformed: input is no text")
-        last = turns[-1]
-        return [*turns[:-1], last | {"content": f"{last['content']}\n\n{added}"}]
-    return turns
-
-
-def a_context(columns):
-    """{"context": [{"role": "user", "content": "Name a fruit."}]}, or input, or history as text"""
-    return _take_filled(columns, "context", "input", "history")
-
-
-def a_conversation(columns):
-    """{"conversations": [{"from": "human", "value": "Name a fruit."}]}, or messages"""
-    return _take_filled(columns, "conversations", "messages")
-
-
-def _take_filled(columns, *names):
-    """The turns of the first of some columns that holds something, or None."""
-    name = columns.filled(*names)
-    if name is None:
-        return None
-    return turns_of(columns.take(name), name, "user")
-
-
-PROMPT_SHAPES = (a_prompt, an_instruction, a_context, a_conversation)
-
-
-def accepted_columns():
-    """What is accepted, as lines for an error message: the examples of all shapes."""
-    lines = ["Accepted are these columns, with any others beside them:"]
-    for shape in (*ANSWER_SHAPES, *PROMPT_SHAPES):
-        lines.append(f"  {shape.__doc__}")
-    lines.append("Instead of text also {role, content} or {from, value}, lists of them, and")
-    lines.append(r'  "\n\nHuman: ...\n\nAssistant: ..."; answers may hold the prompt')
-    for names in ANSWERS[1:]:
-        lines.append(f"  {names[0]}, {names[1]} are chosen and rejected")
-    for first, second, label, _ in LABELLED:
-        lines.append(f"  {first}, {second}, {label}")
-    lines.append("Other names: columns={prompt: question, chosen: good, rejected: bad}, or with a")
-    lines.append("  label columns={prompt: question, a: output_1, b: output_2, winner: label}")
-    return "\n".join(lines)
-
-
-def check_mapping(columns):
-    """Refuse a setting `columns` that names no two answers, or meanings that there are not.
-
-    raises   InputError with what to type instead
-    """
-    unknown = sorted(set(columns) - {*MAPPED, *MAPPED_LABEL})
-    labelled = columns.keys() >= {"a", "b", "winner"}
-    labelled = labelled and ("a_if" in columns) == ("b_if" in columns)
-    if not unknown and (labelled or columns.keys() >= {"chosen", "rejected"}):
-        return
-    fault = f"{unknown[0]} is no meaning of a column" if unknown else "two answers are not named"
-    raise InputError(
-        f"columns: {fault}. Write {{prompt: question, chosen: good, rejected: bad}}, with system, "
-        "score_chosen, score_rejected if you like, or with a label "
-        "{prompt: question, a: output_1, b: output_2, winner: label, a_if: 1, b_if: 2}"
-    )
-
-
-def absent_columns(columns, record):
-    """Those columns of the setting `columns` that a record does not have."""
-    absent = []
-    for meaning, column in columns.items():
-        if meaning not in ("a_if", "b_if") and column not in record:
-            absent.append(column)
-    return absent
-
-
-def _rename(record, columns):
-    """A record with its columns under the names that ANSWERS and PROMPT_SHAPES know."""
-    if absent_columns(columns, record):
-        return record  # one of another set, read by its own names
-    renamed = {name: value for name, value in record.items() if name not in columns.values()}
-    for meaning, column in columns.items():
-        if meaning in MAPPED:
-            renamed[meaning] = record[column]
-    if "winner" in columns:
-        first, second = record[columns["a"]], record[columns["b"]]
-        if _mapped_winner(record[columns["winner"]], columns) == 1:
-            first, second = second, first
-        renamed["chosen"], renamed["rejected"] = first, second
-    return renamed
-
-
-def _mapped_winner(value, columns):
-    """Which answer the mapped label names; a bare number only by a_if and b_if."""
-    if "a_if" in columns:
-        winners = {_plain(columns["a_if"]): 0, _plain(columns["b_if"]): 1}
-    else:
-        winners = NAMES_OF_TWO | {columns["a"]: 0, columns["b"]: 1}
-        is_number = _number(value) is not None
-        drop_if(is_number, f"winner is {value!r:.40}: say which it names, as in a_if: 1, b_if: 2")
-    return _winner(value, columns["winner"], winners)
+    def name(self, column):
+        """What the set itself calls a column."""
+        return self.columns.get(column) or column
 
 
 def read_preference(record, columns=None):
-    """One record as a Preference.
+    """A record's pair.
 
-    columns  the setting of that name, {meaning: column}, or None
-    raises   Drop with the reason if the record is of no known shape, or not taken right by one
+    record   mapping of columns
+    columns  the setting of this name, {place: the record's column}, or None
+    returns  Preference
+    raises   Drop with the reason if the record is of none of the SHAPES, is malformed, or has a
+             filled column OF_A_PROMPT that is not understood
     """
     drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
-    if columns:
-        record = _rename(record, columns)
-    cells = Columns(record)
-    answers = None
-    for answer_shape in ANSWER_SHAPES:
-        answers = answer_shape(cells)
-        if answers is not None:
-            break
-    drop_if(answers is None, f"unknown columns: {sorted(map(str, record))}"[:200])
+    columns = columns or {}
+    fields = Fields(under_known_names(record, columns), columns)
+    shape, answers = _find_answers(fields)
+    dialogues, holds_prompt = _find_dialogues(fields, answers)
+    messages, *ends = _split(dialogues)
+    understood = set(QUESTIONS) if holds_prompt else fields.used - set(SYSTEMS)
+    _drop_if_half_read(fields, understood, [*messages, *ends])
 
-    system = _system(cells)
-    dialogues = []
-    for name, value in zip(answers.names, answers.values, strict=True):
-        dialogues.append(turns_of(value, name))
-    starts = [turns[0]["role"] if turns else "assistant" for turns in dialogues]
-    prompt_shape, asked = "whole_dialogues", []
-    if "assistant" in starts:
-        prompt_shape, asked = _asked(cells)
-    elif cells.filled("prompt"):  # the beginning of the dialogues once more
-        turns_of(cells.take("prompt"), "prompt", "user")
-    dialogues = [_join(system, asked, turns) for turns in dialogues]
-    messages, texts = _last_answers(dict(zip(("chosen", "rejected"), dialogues, strict=True)))
-    if cells.filled("initial_reason_steps"):
-        begun = cells.take("initial_reason_steps")
-        drop_if(not isinstance(begun, str), "malformed: initial_reason_steps is no text")
-        texts = [begun + text for text in texts]
-    tools = _tools(cells)
-    _check(messages, texts)
-    if not columns:
-        _refuse_half_read(cells, messages)
-    scores = answers.scores or _scores(cells)
-    unused = tuple(name for name in record if name not in cells.read and cells.filled(name))
+    chosen, rejected = ends[0]["content"], ends[1]["content"]
+    asked = messages[-1]["content"]
+    repeated = isinstance(answers.chosen, str) and _both_begin_with(asked, chosen, rejected)
+    if repeated:
+        chosen = chosen.removeprefix(asked).lstrip()
+        rejected = rejected.removeprefix(asked).lstrip()
+    begun = fields.take("initial_reason_steps") or ""
+    drop_if(not isinstance(begun, str), "malformed: initial_reason_steps is not text")
+    tools = fields.take("tools")
     return Preference(
-        messages=messages,
-        chosen=texts[0],
-        rejected=texts[1],
-        scores=scores,
-        shape=f"{answer_shape.__name__}, {prompt_shape}",
-        unused=unused,
-        tools=tools,
+        messages,
+        begun + chosen,
+        begun + rejected,
+        answers.scores,
+        shape,
+        _unused(record, fields),
+        as_tools(tools) if tools else None,
+        is_whole=not fields.has("initial_reason_steps"),
+        repeated=repeated,
     )
 
 
-def _system(cells):
-    """The system message of a column, as turns."""
-    name = cells.filled(*SYSTEMS)
-    if name is None:
-        return []
-    return turns_of(cells.take(name), name, "system")
+def _unused(record, fields):
+    """The columns of a record that are filled and were not used, in its order."""
+    used = {fields.name(column) for column in fields.used}
+    unused = []
+    for column, value in record.items():
+        if column not in used and is_filled(value):
+            unused.append(str(column))
+    return tuple(unused)
 
 
-def _asked(cells):
-    """The shape that took the prompt, and its turns; none where no column holds one."""
-    for shape in PROMPT_SHAPES:
-        turns = shape(cells)
-        if turns is not None:
-            return shape.__name__, _history(cells) + turns
-    return "no prompt", []
+def _find_answers(fields):
+    """The name of the first of the SHAPES that fits, and what it finds."""
+    for shape in SHAPES:
+        answers = shape(fields)
+        if answers is not None:
+            return shape.__name__, answers
+    raise Drop(f"unknown columns: {sorted(map(str, fields.record))}"[:200])
 
 
-def _history(cells):
-    """LLaMA-Factory's earlier questions and answers, [["Hi", "Hello!"], ...], as turns."""
-    if not isinstance(cells.record.get("history"), list):
-        return []
+def _find_prompt(fields):
+    """The turns of the columns that hold a system message, and those of the prompt after it."""
+    system = []
+    column = fields.find(*SYSTEMS)
+    if column:
+        system = as_turns(fields.record[column], fields.name(column), "system")
+    column = fields.find(*PROMPTS)
+    if column is None:
+        return system, []
+    cell = fields.record[column]
+    if column == "history" and not isinstance(parsed(cell), str):
+        return system, _earlier_turns(cell)
+    joined = column == "instruction" or "input" in fields.columns
+    if joined and isinstance(cell, str) and isinstance(fields.record.get("input"), str):
+        cell = _with_input(cell, fields.take("input"))
+    if column in ("messages", "conversations"):
+        cell = parsed(cell)
+    prompt = as_turns(cell, fields.name(column), "user")
+    history = None if column == "history" else fields.take("history")
+    if history is not None:
+        prompt = _earlier_turns(history) + prompt
+    return system, prompt
+
+
+def _with_input(instruction, given):
+    """An instruction and what it is about, as Alpaca's template sets them: a blank line between."""
+    return f"{instruction}\n\n{given}" if given else instruction
+
+
+def _earlier_turns(cell):
+    """The column history as turns: a list of [question, answer], or of turns."""
+    fault = "malformed: history is no list of [question, answer]"
+    cell = parsed(cell)
+    drop_if(not isinstance(cell, list), fault)
+    if cell and isinstance(cell[0], dict):
+        return as_turns(cell, "history")
     turns = []
-    for exchange in cells.take("history"):
-        drop_if(not isinstance(exchange, list) or len(exchange) != 2, "malformed: history")
-        for role, said in zip(("user", "assistant"), exchange, strict=True):
-            drop_if(not isinstance(said, str), "malformed: history")
+    for pair in cell:
+        drop_if(not isinstance(pair, list | tuple) or len(pair) != 2, fault)
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            drop_if(not isinstance(said, str), fault)
             turns.append({"role": role, "content": said})
     return turns
 
 
+def _find_dialogues(fields, answers):
+    """Both answers' dialogues, {name: turns}, and whether it is they that hold the prompt."""
+    system, prompt = _find_prompt(fields)
+    dialogues = {}
+    holds_prompt = False
+    for name, cell in zip(answers.names, (answers.chosen, answers.rejected), strict=True):
+        turns = as_turns(cell, name)
+        if turns and turns[0]["role"] not in ("assistant", "tool"):
+            holds_prompt = True
+        dialogues[name] = _join(system, prompt, turns)
+    return dialogues, holds_prompt
+
+
 def _join(system, prompt, turns):
     """A dialogue: an answer's turns, after what of system message and prompt is not in them."""
-    if turns and turns[0]["role"] == "assistant":
-        turns = _closed(prompt, turns) + turns
-    if not system or not turns:
+    if not turns or turns[0]["role"] in ("system", "developer"):
         return turns
-    if turns[0]["role"] not in ("system", "developer"):
+    if turns[0]["role"] == "user":
         return system + turns
-    same = turns[0]["content"].strip() == system[0]["content"].strip()
-    drop_if(not same, "malformed: the system column and the dialogue's system message differ")
-    return turns
+    if prompt and prompt[-1] == {"role": "assistant", "content": ""}:
+        # "... Assistant:" has opened the answer's turn, whose space after the colon is no text
+        prompt = prompt[:-1]
+        begun = turns[0]["content"].removeprefix(" ")
+        turns = [{**turns[0], "content": begun}, *turns[1:]]
+    if prompt and prompt[0]["role"] in ("system", "developer"):
+        system = []
+    return system + prompt + turns
 
 
-def _closed(prompt, answer):
-    """A prompt without the empty assistant's turn at the end of a transcript, "...Assistant:"."""
-    if not prompt or prompt[-1] != {"role": "assistant", "content": ""}:
-        return prompt
-    answer[0] = answer[0] | {"content": answer[0]["content"].removeprefix(" ")}
-    return prompt[:-1]
-
-
-def _last_answers(dialogues):
-    """The turns before the last answers, which must be the same, and the texts of those answers.
-
-    dialogues  {"chosen": turns, "rejected": turns}
-    """
-    for column, turns in dialogues.items():
+def _split(dialogues):
+    """Two dialogues, {name: turns}, as the turns that they share and the last turn of each."""
+    for name, turns in dialogues.items():
         ended = len(turns) > 1 and turns[-1]["role"] == "assistant"
-        fault = f"malformed: no prompt before {column}, or no assistant's turn at its end"
-        drop_if(not ended, fault)
+        drop_if(not ended, f"malformed: no prompt before {name}, or no assistant's turn at its end")
+        drop_if("tool_calls" in turns[-1], f"{name} ends with a tool call, which is no text")
     (*messages, chosen), (*others, rejected) = dialogues.values()
-    drop_if(messages != others, "malformed: chosen and rejected differ before the last answer")
-    for answer in (chosen, rejected):
-        drop_if("tool_calls" in answer, "the answer is a tool call: only text is trained on")
-    return messages, [chosen["content"], rejected["content"]]
-
-
-def _check(messages, texts):
-    """Drop a prompt that asks nothing, or text that is already written for another model."""
-    last = messages[-1]
-    asked = last["role"] in ("user", "tool") and last["content"].strip()
-    asked = asked and any(turn["role"] == "user" for turn in messages)
+    names = " and ".join(dialogues)
+    drop_if(messages != others, f"malformed: {names} differ before the last answer")
+    roles = [turn["role"] for turn in messages]
+    asked = "user" in roles and roles[-1] in ("user", "tool") and messages[-1]["content"].strip()
     drop_if(not asked, "malformed: the prompt does not end with a user's turn")
-    for turn in messages:
-        drop_if(
-            TEMPLATED.match(turn["content"]),
-            "written in a chat template already: plain text is wanted, without its marks",
-        )
-    question = last["content"].strip()
-    repeated = len(question) >= 20 and all(text.lstrip().startswith(question) for text in texts)
-    drop_if(repeated, "malformed: both answers begin with the prompt; leave it out of them")
+    return messages, chosen, rejected
 
 
-def _tools(cells):
-    """The descriptions of tools that a record gives, or None."""
-    given = cells.record.get("input")
-    if isinstance(given, dict) and given.get("tools"):
-        return given["tools"]
-    if not cells.filled("tools"):
-        return None
-    tools = cells.take("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise Drop("malformed: tools is no list") from error
-    drop_if(not isinstance(tools, list), "malformed: tools is no list")
-    return tools or None
-
-
-def _refuse_half_read(cells, messages):
-    """Drop a record with a filled column that would change the prompt and was not read.
-
-    What stands in the prompt already changes nothing.
-    """
-    texts = [turn["content"] for turn in messages]
-    for name in CHANGES_THE_PROMPT:
-        if name in cells.read or not cells.filled(name):
+def _drop_if_half_read(fields, understood, turns):
+    """Drop a record with a filled column of a prompt that is not understood, nor said in a turn."""
+    contents = [turn["content"].strip() for turn in turns]
+    for column in OF_A_PROMPT:
+        value = fields.record.get(column)
+        if column == "tools" or column in understood or not is_filled(value):
             continue
-        value = cells.record[name]
-        known = isinstance(value, str) and any(value.strip() in text for text in texts)
-        drop_if(not known, f"{name} is filled, and not understood beside the other columns")
+        for text in texts_in(value):
+            text = text.strip()
+            is_said = text in contents or (len(text) >= 20 and text in "\n".join(contents))
+            drop_if(
+                not is_said,
+                f"{column} is filled and would change the prompt, but is not understood: "
+                f"columns={{{column}: null}} leaves it out",
+            )
 
 
-def _scores(cells):
-    """The pair's scores as two floats, or None."""
-    for pattern in SCORES:
-        names = [pattern.format("chosen"), pattern.format("rejected")]
-        if cells.has(*names):
-            scores = [_number(cells.take(name)) for name in names]
-            if None not in scores:
-                return tuple(scores)
-    return None
+def _both_begin_with(prompt, chosen, rejected):
+    """Whether both answers begin with a prompt that is too long for that to be chance."""
+    is_long = len(prompt.split()) >= 5
+    return is_long and chosen.startswith(prompt) and rejected.startswith(prompt)
 
 
 def _number(value):
-    """A cell as a float, or None."""
+    """A finite number, also one that is stored as text, or None."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
+
+
+def _scores(fields):
+    """The scores of a chosen and a rejected answer, or None."""
+    for pattern in SCORES:
+        chosen, rejected = pattern.format("chosen"), pattern.format("rejected")
+        scores = (_number(fields.record.get(chosen)), _number(fields.record.get(rejected)))
+        if None not in scores:
+            fields.used |= {chosen, rejected}
+            return scores
+    return None
+
+
+def _by_label(fields, columns, first_means, second_means):
+    """Answers of two columns in the order that a label gives.
+
+    columns       (first, second, label)
+    first_means   the label's values for the first answer, in lower case
+    second_means  and for the second
+    raises        Drop for a tie, or a label that is neither
+    """
+    first, second, label = columns
+    value = fields.take(label)
+    said = str(value).strip().lower().removesuffix(".0")
+    drop_if(said in TIES, f"tie: {label} prefers neither answer")
+    if said in first_means:
+        return fields.answers(first, second)
+    if said in second_means:
+        return fields.answers(second, first)
+    label = fields.name(label)
+    raise Drop(f"{label} is {value!r:.40}, which names neither answer: see columns in config.yaml")
+
+
+def _names(first, second):
+    """What a label may call either of two answers, as two sets of words in lower case.
+
+    Its column; a or b, model_a or model_b; the ending of output_1 and output_2, or of any two
+    columns that differ in nothing else.
+    """
+    names = ({first.lower()}, {second.lower()})
+    endings = ("a", "b")
+    pattern = r"(.*?)(\d+|[ab])"
+    one = re.fullmatch(pattern, first.lower())
+    other = re.fullmatch(pattern, second.lower())
+    if one and other and one[1] == other[1]:
+        if one[2].isdigit():
+            names[0].add(one[2])
+            names[1].add(other[2])
+        else:
+            endings = (one[2], other[2])
+    for known, ending in zip(names, endings, strict=True):
+        known.update((ending, f"model_{ending}"))
+    return names
+
+
+# The shapes. A docstring's first line is what an error says of the shape, its example what of
+# columns; the tests read the example.
+
+
+def chosen_and_rejected(fields):
+    """Two answers by name, or two dialogues: most sets.
+
+    {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
+    """
+    for chosen, rejected in ANSWERS:
+        if fields.has(chosen, rejected):
+            return fields.answers(chosen, rejected, _scores(fields))
+    return None
+
+
+def rejected_beside_messages(fields):
+    """A dialogue, and another last answer to it: ms-swift.
+
+    {"messages": [{"role": "user", "content": "Name a fruit."},
+                  {"role": "assistant", "content": "An apple."}], "rejected_response": "No."}
+    """
+    if not fields.has("messages", "rejected_response"):
+        return None
+    turns = parsed(fields.record["messages"])
+    drop_if(not isinstance(turns, list) or not turns, "malformed: messages is no list of turns")
+    fields.record["messages"] = turns[:-1]
+    fields.record["messages, the last"] = turns[-1:]
+    return fields.answers("messages, the last", "rejected_response")
+
+
+def preferred_output(fields):
+    """OpenAI's preference format.
+
+    {"input": {"messages": [{"role": "user", "content": "Name a fruit."}]},
+     "preferred_output": [{"role": "assistant", "content": "An apple."}],
+     "non_preferred_output": [{"role": "assistant", "content": "No."}]}
+    """
+    if not fields.has("input", "preferred_output", "non_preferred_output"):
+        return None
+    asked = parsed(fields.record["input"])
+    if isinstance(asked, dict):
+        fields.used.add("input")
+        fields.record |= {"messages": asked.get("messages"), "tools": asked.get("tools")}
+    return fields.answers("preferred_output", "non_preferred_output")
+
+
+def answers_with_a_label(fields):
+    """Two answers, and which is better: alpaca_farm, PKU-SafeRLHF, lmarena.
+
+    {"instruction": "Name a fruit.", "output_1": "An apple.", "output_2": "No.", "preference": 1}
+    """
+    for columns in LABELLED:
+        if fields.has(*columns):
+            return _by_label(fields, columns, *_names(*columns[:2]))
+    return None
+
+
+def answers_of_people(fields):
+    """Two answers, 1 where A is better: SHP.
+
+    {"history": "Name a fruit.", "human_ref_A": "An apple.", "human_ref_B": "No.", "labels": 1}
+    """
+    columns = ("human_ref_A", "human_ref_B", "labels")
+    if not fields.has(*columns):
+        return None
+    return _by_label(fields, columns, {"1"}, {"0"})
+
+
+def answers_compared(fields):
+    """Two answers, below zero where the first is better: HelpSteer2 and 3.
+
+    {"context": [{"role": "user", "content": "Name a fruit."}], "response1": "An apple.",
+     "response2": "No.", "overall_preference": -3}
+    """
+    for first, second, strength in COMPARED:
+        if not fields.has(first, second, strength):
+            continue
+        number = _number(fields.take(strength))
+        drop_if(number is None, f"malformed: {strength} is no number")
+        drop_if(number == 0, f"tie: {strength} prefers neither answer")
+        if number > 0:
+            first, second = second, first
+        return fields.answers(first, second)
+    return None
+
+
+def best_and_worst(fields):
+    """A list of answers with scores or ranks: openbmb/UltraFeedback, Nectar.
+
+    {"instruction": "Name a fruit.", "completions": [{"response": "No.", "overall_score": 1},
+     {"response": "An apple.", "overall_score": 9}, {"response": "One.", "overall_score": 5}]}
+    """
+    for column in RANKED:
+        rated = _rated(fields, column)
+        if rated is not None:
+            break
+    else:
+        return None
+    drop_if(len(rated) < 2, f"fewer than two of {column} have a score")
+    fields.used.add(column)
+    best = max(rated, key=lambda answer: answer[0])
+    worst = min(rated, key=lambda answer: answer[0])
+    drop_if(best[0] == worst[0], "tie in score")
+    names = (f"the best of {column}", f"the worst of {column}")
+    return Answers(names, best[1], worst[1], (best[0], worst[0]))
+
+
+def _rated(fields, column):
+    """The answers in a column's list, each as (score, answer), or None if it has no such list."""
+    answers = parsed(fields.record.get(column))
+    if not isinstance(answers, list) or not answers:
+        return None
+    beside = fields.find(*RATINGS) if isinstance(answers[0], str) else None
+    if beside is not None:
+        scores = parsed(fields.record[beside])
+        fault = not isinstance(scores, list) or len(scores) != len(answers)
+        drop_if(fault, f"malformed: {beside} is no list with a number for each of {column}")
+    elif all(isinstance(answer, dict) for answer in answers):
+        scores = [_score_of_one(answer) for answer in answers]
+        answers = [first_of(answer, TEXTS) for answer in answers]
+    else:
+        return None
+    rated = []
+    for score, answer in zip(scores, answers, strict=True):
+        if _number(score) is not None:
+            rated.append((_number(score), answer))
+    return rated
+
+
+def _score_of_one(answer):
+    """What an answer of a list scored: the mean of its annotations' ratings, a score, or a rank.
+
+    UltraFeedback's overall_score is wrong in some records, which its ratings by aspect are not.
+    """
+    ratings = []
+    annotations = parsed(answer.get("annotations"))
+    if isinstance(annotations, dict):
+        for aspect in annotations.values():
+            rating = _number(aspect.get("Rating")) if isinstance(aspect, dict) else None
+            if rating is not None:
+                ratings.append(rating)
+    if ratings:
+        return fmean(ratings)
+    rank = _number(answer.get("rank"))
+    if rank is not None:
+        return -rank
+    return first_of(answer, SCORE_OF_ONE)
+
+
+def labelled_by_columns(fields):
+    """Two answers, and which is better, where the setting `columns` says.
+
+    {"prompt": "Name a fruit.", "a": "An apple.", "b": "No.", "winner": "a"}
+    """
+    if not fields.has("a", "b", "winner"):
+        return None
+    columns = fields.columns
+    if is_filled(columns.get("a_if")):
+        means = [{str(columns[value]).strip().lower()} for value in LABEL_VALUES]
+    else:
+        means = _names(fields.name("a"), fields.name("b"))
+    return _by_label(fields, ("a", "b", "winner"), *means)
+
+
+SHAPES = (  # in this order
+    labelled_by_columns,
+    chosen_and_rejected,
+    rejected_beside_messages,
+    preferred_output,
+    answers_with_a_label,
+    answers_of_people,
+    answers_compared,
+    best_and_worst,
+)
+
+
+def accepted_columns():
+    """Lines for an error: each shape's columns by its example, and other names for them."""
+    lines = ["Accepted are these columns, with any others beside them:"]
+    own, *known = SHAPES
+    for shape in (*known, own):
+        known_from, _, example = shape.__doc__.partition("\n")
+        columns = ", ".join(json.loads(example))
+        lines.append(f"  {columns:54s}{known_from}")
+    pairs = "; ".join(map(", ".join, ANSWERS))
+    scores = ", ".join(SCORES).replace("{}", "chosen")
+    dialogue = r'"\n\nHuman: ...\n\nAssistant: ..."'
+    return (
+        *lines,
+        f"Two answers by name are {pairs}",
+        f"The prompt is in {', '.join(PROMPTS)}; before it {', '.join(SYSTEMS)} and history",
+        f"Each is text, {{role, content}}, {{from, value}}, a list of these, or {dialogue}",
+        f"Scores are in {scores}, if anywhere",
+        f"Other names: {EXAMPLES}",
+    )

@@ -53,6 +53,24 @@ def compare_template(encoder, messages, answer):
     return None
 
 
+def left_out_of(rendered, preference):
+    """What of a prompt a chat template has silently left out, in words, or None.
+
+    Templates know users and assistants, but may skip other roles, tools and tool calls. A turn of
+    an assistant is not asked for, since some templates strip the reasoning of earlier ones.
+    """
+    for turn in preference.messages:
+        if turn["role"] not in ("user", "assistant") and turn["content"].strip() not in rendered:
+            return f"the turns of role {turn['role']}"
+        for call in turn.get("tool_calls", ()):
+            if call["function"]["name"] not in rendered:
+                return "tool calls"
+    for tool in preference.tools or ():
+        if tool["function"]["name"] not in rendered:
+            return "the tools"
+    return None
+
+
 def _squeeze(text):
     """Text without spaces and newlines, which a template may set or strip around an answer."""
     return "".join(text.split())

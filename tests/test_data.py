@@ -232,9 +232,9 @@ UNASKED = "malformed: no prompt before {}, or no assistant's turn at its end"
         (record("Q", "same", "same"), "same text"),
         (record("Q", "a", ""), "empty answer"),
         (record("Q", " \n", "b"), "empty answer"),
-        (record("Q", "a<|im_end|>", "b"), SPELLS.format("<|im_end|>")),
-        (record("Q", "a", "<|im_start|>"), SPELLS.format("<|im_start|>")),
-        (record("Q</s>"), SPELLS.format("</s>")),
+        (record("Q", "a<|im_end|>a", "b"), SPELLS.format("<|im_end|>")),
+        (record("Q", "a", "a<|im_start|>"), SPELLS.format("<|im_start|>")),
+        (record("Q</s>Q"), SPELLS.format("</s>")),
         (record([system("<pad>"), user("Q")]), SPELLS.format("<pad>")),
         (record("Q", "a\ud800", "b"), "malformed: not Unicode text"),
         (record("Q\udfff"), "malformed: not Unicode text"),
@@ -518,7 +518,7 @@ def test_no_usable_pair_is_an_error_with_the_counts_by_reason(tmp_path):
     assert f"dataset {path}: no usable pair in 4 records" in message
     assert re.search(r"3  unknown columns: \['mark', 'text'\]", message)
     assert re.search(r"1  same text", message)
-    assert "chosen_response, rejected_response are chosen" in message
+    assert "chosen, rejected; chosen_response, rejected_response" in message
     assert '"\\n\\nHuman: ...' in message
     good = write_jsonl(tmp_path / "b.jsonl", many(3))
     with pytest.raises(InputError, match="a.jsonl: no usable pair in 4 records"):
@@ -639,10 +639,49 @@ column_names = st.sampled_from(
         "rejected-rating",
         "chosen_rating",
         "rejected_rating",
+        "system_prompt",
+        "input",
+        "context",
+        "history",
+        "conversations",
+        "tools",
+        "images",
+        "initial_reason_steps",
+        "output_1",
+        "output_2",
+        "preference",
+        "conversation_a",
+        "conversation_b",
+        "winner",
+        "response1",
+        "response2",
+        "overall_preference",
+        "completions",
     ]
+)
+# what the columns of the other shapes hold
+cells = st.sampled_from(["Name a fruit.", "An apple.", "No.", [user("Hi")], [assistant("Yes")]])
+labels = st.sampled_from([1, 2, 0, -3, "1", "model_a", "tie", "output_2", None])
+ranked = st.dictionaries(st.sampled_from(["response", "overall_score", "rank"]), labels | plain)
+asked = {name: cells for name in ("prompt", "instruction", "input", "context", "history", "tools")}
+LABELLED = [
+    ("output_1", "output_2", "preference"),
+    ("conversation_a", "conversation_b", "winner"),
+    ("human_ref_A", "human_ref_B", "labels"),
+    ("response1", "response2", "overall_preference"),
+]
+labelled = st.sampled_from(LABELLED).flatmap(
+    lambda names: st.fixed_dictionaries(
+        {names[0]: cells, names[1]: cells, names[2]: labels}, optional=asked
+    )
+)
+ranking = st.fixed_dictionaries(
+    {"prompt": said, "completions": st.lists(st.one_of(ranked, junk), max_size=4)}
 )
 broken = st.one_of(
     junk,
+    labelled,
+    ranking,
     st.dictionaries(
         st.one_of(column_names, words),
         st.one_of(words, st.lists(message, max_size=4), junk),
@@ -672,16 +711,32 @@ def shaped(draw):
     chosen, rejected = draw(said), draw(said)
     scores = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     made = SHAPES[shape](messages, chosen, rejected, scores)
-    if shape == "hh-rlhf":  # its text cannot say where a turn ends
+    # text cannot say where a turn ends; a list of turns can
+    if not isinstance(made.get("chosen"), list):
         contents = [m["content"] for m in messages] + [chosen, rejected]
         if any("\n\nHuman:" in content for content in contents):
             return made, None
     return made, (messages, chosen, rejected, scores if shape in WITH_SCORES else None)
 
 
-def last_said(answer):
-    """The text of an answer column, read independently of data.py."""
-    return answer if isinstance(answer, str) else answer[-1]["content"]
+def texts_of(value):
+    """All texts in a value, read independently of the project."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value
+    return [t for item in inner for t in texts_of(item)] if isinstance(value, list | dict) else []
+
+
+def answers_of(made, name):
+    """The texts of a record that may be this answer."""
+    for column in (name, f"{name}_response"):
+        if column in made and (column.replace(name, OTHER[name]) in made):
+            answer = made[column]
+            return [answer if isinstance(answer, str) else answer[-1]["content"]]
+    return texts_of(made)
+
+
+OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
 def assert_pair_or_drop(example):
@@ -692,13 +747,17 @@ def assert_pair_or_drop(example):
     assert len(pairs) + sum(drops.values()) == 1
     event("a pair" if pairs else "a drop")
     for pair in pairs:
-        of = "{}" if "chosen" in made and "rejected" in made else "{}_response"
         for name, ids in (("chosen", pair.chosen_ids), ("rejected", pair.rejected_ids)):
-            column, got = last_said(made[of.format(name)]), text(ids)
-            assert got.endswith("<|im_end|>")
+            got = text(ids)
+            if "initial_reason_steps" in made:
+                got = got.removeprefix(made["initial_reason_steps"] or "")
+            else:
+                assert got.endswith("<|im_end|>")
             got = got.removesuffix("<|im_end|>")
             assert not CONTROL.search(got)
-            assert column == got or (column.endswith(got) and "\n\nAssistant:" in column)
+            said_in = answers_of(made, name)
+            in_transcript = [t for t in said_in if t.endswith(got) and "\n\nAssistant:" in t]
+            assert got in said_in or in_transcript
         assert pair.chosen_ids != pair.rejected_ids
     if truth:
         messages, chosen, rejected, scores = truth

@@ -1,0 +1,86 @@
+"""The setting `columns`: where a set with names of its own has what, {place: column}."""
+
+import difflib
+
+from support.errors import InputError
+from support.turns import is_filled
+
+PAIR = ("chosen", "rejected")
+LABELLED = ("a", "b", "winner")
+LABEL_VALUES = ("a_if", "b_if")  # the values of winner that mean a and b
+PLACES = ("prompt", "input", "system", "history", "tools", *PAIR, "score_chosen", "score_rejected")
+PLACES += LABELLED + LABEL_VALUES
+EXAMPLES = (
+    "columns: {prompt: question, chosen: good, rejected: bad}, or of two answers with a label "
+    "{prompt: question, a: output_1, b: output_2, winner: preference}"
+)
+
+
+def check_places(columns):
+    """Raise InputError if the setting names a place that there is not, or half of what belongs."""
+    for place, column in columns.items():
+        if column is None:  # any column may be left out
+            continue
+        if place not in PLACES:
+            near = difflib.get_close_matches(place, PLACES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            if column in PLACES:
+                hint = f"did you mean {column}: {place}? "
+            raise InputError(
+                f"columns: no place {place!r}, {hint}Places are {', '.join(PLACES)}; "
+                f"{place}: null leaves a column out. As in {EXAMPLES}"
+            )
+        if place not in LABEL_VALUES and not isinstance(column, str):
+            raise InputError(f"columns: {place} takes the name of a column, not {column!r}")
+    given = {place for place, column in columns.items() if is_filled(column)}
+    for together in (PAIR, LABELLED, LABEL_VALUES):
+        missing = set(together) - given
+        if given & set(together) and missing:
+            raise InputError(
+                f"columns: {' and '.join(together)} belong together, without "
+                f"{' and '.join(sorted(missing))} they say nothing. As in {EXAMPLES}"
+            )
+    if given >= {*PAIR, *LABELLED}:
+        raise InputError("columns: give chosen and rejected, or a, b and winner, not both")
+
+
+def check_columns(columns, records):
+    """Raise InputError if the setting names a column that none of the records has."""
+    for place, column in columns.items():
+        wanted = place if column is None else column
+        if place in LABEL_VALUES and column is not None:
+            continue
+        others = set()
+        for index in range(len(records)):
+            record = records[index]
+            if isinstance(record, dict):
+                if wanted in record:
+                    break
+                others |= record.keys()
+        else:
+            names = sorted(map(str, others))
+            near = difflib.get_close_matches(wanted, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(
+                f"columns: no record has a column {wanted!r}, {hint}There are: "
+                f"{', '.join(names)[:300]}"
+            )
+
+
+def under_known_names(record, columns):
+    """A record with the columns that the setting names in their places, less those it says null of.
+
+    Where a column of the record's own has a place's name, the one that the setting names hides it.
+    """
+    if not columns:
+        return dict(record)
+    renamed = {}
+    for column, value in record.items():
+        if column not in columns.values():
+            renamed[column] = value
+    for place, column in columns.items():
+        if column is None:
+            renamed.pop(place, None)
+        elif place not in LABEL_VALUES and column in record:
+            renamed[place] = record[column]
+    return renamed
