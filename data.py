@@ -304,6 +304,11 @@ class PairEncoder:
             return "\n\n".join(message["content"] for message in messages)
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
+    def _render_prompt(self, messages, tools):
+        """The text that an answer follows; tools are functions for it to describe, or None."""
+        options = {"tools": tools} if tools else {}
+        return self.render(messages, add_generation_prompt=True, **options)
+
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
@@ -311,16 +316,15 @@ class PairEncoder:
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
         preference = read_preference(record, self.columns)
         self._check(preference)
-        tools = {"tools": preference.tools} if preference.tools else {}
         end = [self.end_of_turn] if preference.is_whole else []
         try:
-            rendered = self.render(preference.messages, add_generation_prompt=True, **tools)
+            rendered = self._render_prompt(preference.messages, preference.tools)
+            left_out = left_out_of(self._render_prompt, preference, rendered)
             prompt_ids = self.bos + self._ids(rendered)
             chosen_ids = self._ids(preference.chosen) + end
             rejected_ids = self._ids(preference.rejected) + end
         except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
-        left_out = left_out_of(rendered, preference)
         drop_if(left_out, f"the chat template leaves out {left_out}")
 
         # a prompt loses its beginning, an answer its end

@@ -53,22 +53,39 @@ def compare_template(encoder, messages, answer):
     return None
 
 
-def left_out_of(rendered, preference):
-    """What of a prompt a chat template has silently left out, in words, or None.
+def left_out_of(render, preference, rendered):
+    """What of a prompt a chat template silently leaves out, in words, or None.
 
-    Templates know users and assistants, but may skip other roles, tools and tool calls. A turn of
-    an assistant is not asked for, since some templates strip the reasoning of earlier ones.
+    Templates know users and assistants, but may skip other roles, tools and tool calls: what can
+    be changed without a change in the text is left out.
+
+    render      messages and tools to text
+    preference  support.shapes.Preference
+    rendered    the text of its messages and tools
     """
-    for turn in preference.messages:
-        if turn["role"] not in ("user", "assistant") and turn["content"].strip() not in rendered:
-            return f"the turns of role {turn['role']}"
-        for call in turn.get("tool_calls", ()):
-            if call["function"]["name"] not in rendered:
-                return "tool calls"
-    for tool in preference.tools or ():
-        if tool["function"]["name"] not in rendered:
-            return "the tools"
+    messages, tools = preference.messages, preference.tools
+    for place, turn in enumerate(messages):
+        changes = {}
+        if turn["role"] not in ("user", "assistant"):
+            changes[f"the turns of role {turn['role']}"] = {"content": turn["content"] + "?"}
+        if "tool_calls" in turn:
+            changes["tool calls"] = {"tool_calls": _renamed(turn["tool_calls"])}
+        for what, change in changes.items():
+            changed = [*messages[:place], turn | change, *messages[place + 1 :]]
+            if render(changed, tools) == rendered:
+                return what
+    if tools and render(messages, _renamed(tools)) == rendered:
+        return "the tools"
     return None
+
+
+def _renamed(functions):
+    """Tools or tool calls with other names."""
+    renamed = []
+    for item in functions:
+        function = item["function"]
+        renamed.append(item | {"function": function | {"name": function["name"] + "_"}})
+    return renamed
 
 
 def _squeeze(text):

@@ -712,13 +712,15 @@ def test_tools_and_calls_are_rendered_by_the_template(tool, write):
 
 
 def test_what_a_template_leaves_out_is_dropped_and_said():
-    with pytest.raises(Drop, match="^the chat template leaves out tool calls$"):
-        encoder().encode(record(DIALOGUE, GOOD, BAD))
+    call = CALL | {"tool_calls": [{"function": {"name": "f"}}]}  # a letter of the prompt
+    for calls in (CALL, call):
+        with pytest.raises(Drop, match="^the chat template leaves out tool calls$"):
+            encoder().encode(record([user(Q), calls, *DIALOGUE[2:]], GOOD, BAD))
     with pytest.raises(Drop, match="^the chat template leaves out the tools$"):
         encoder().encode(record(Q, GOOD, BAD, tools=[LOOK]))
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}")
     with pytest.raises(Drop, match="^the chat template leaves out the turns of role developer$"):
-        turns = [{"role": "developer", "content": "Be brief."}, user(Q)]
+        turns = [{"role": "developer", "content": "a fruit"}, user(Q)]
         encoder(build_tokenizer(deaf)).encode(record(turns, GOOD, BAD))
 
 
