@@ -510,6 +510,7 @@ def test_a_record_is_never_half_read(column, value):
 def test_what_is_said_in_the_dialogue_anyway_changes_nothing():
     assert pair(record(Q, GOOD, BAD, question=Q, instruction=f" {Q}\n"))
     assert pair({**WHOLE, "prompt": "\n\nHuman: something else", "messages": [user("x")]})
+    assert reason(record(Q, GOOD, BAD, context="fruit")) == HALF.format("context")
     long = "Fruit are eaten, lead is not."
     assert pair(record(f"{long} {Q}", GOOD, BAD, context=long))
     assert reason({**WHOLE, "context": long}) == HALF.format("context")
