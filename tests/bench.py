@@ -215,6 +215,8 @@ def high_water():
 def measure_data(options):
     """Reading, recognition, tokenisation and rows of the records in options.dataset, on one core.
 
+    Seconds are the process's own, so that other programs do not count.
+
     pairs  of the options: how many to train on, 0 for all
     """
     import torch
@@ -234,15 +236,15 @@ def measure_data(options):
         device="cpu",
     )
     before = high_water()
-    start = time.perf_counter()
+    start = time.process_time()
     records = data.load_records(config.dataset, None, None)
-    read = time.perf_counter() - start
+    read = time.process_time() - start
     count = len(records)
     del records
-    start = time.perf_counter()
+    start = time.process_time()
     pairs, drops = data.load_pairs(config, tokenizer)
     seen = len(pairs["train"]) + len(pairs["eval"]) + drops["train"].total()
-    encoded = time.perf_counter() - start
+    encoded = time.process_time() - start
     loaded = high_water()
     steps = train_dpo.lay_out(pairs, config)
     tokens = sum(pair.tokens for pair in pairs["train"])

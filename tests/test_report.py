@@ -167,7 +167,8 @@ def test_a_set_is_described_by_what_its_pairs_have_in_common():
 
 
 def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, capsys):
-    one = write_jsonl(tmp_path / "one.jsonl", [record("First?", score_chosen=1, score_rejected=2)])
+    first = record("First?", score_chosen=1, score_rejected=2, source="x", empty="")
+    one = write_jsonl(tmp_path / "one.jsonl", [first])
     long = record("Second?", chosen=" ".join(["word"] * 400))
     two = write_jsonl(tmp_path / "two.jsonl", [long])
     three = write_jsonl(tmp_path / "three.jsonl", [record("Third?")])
@@ -181,6 +182,8 @@ def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, caps
         assert f"<|im_start|>user\n{question}<|im_end|>" in part
     assert "prefer the answer of lower score: 1" in parts[0]
     assert "  score_rejected = 2" in parts[0]
+    assert "filled columns not used: source (1)\n" in parts[0]
+    assert re.search(r"recognised as: \S.* \(1\)\n", parts[0])
     assert "  chosen = 'word word" in parts[1] and re.search(r"\[... \d+ tokens ...\]", parts[1])
     assert max(map(len, shown.splitlines())) < 1000
 
