@@ -150,14 +150,42 @@ def test_no_tensor_is_larger_than_logits_at_once(monkeypatch, dtype):
         assert max(shape.numel() for shape in spy.shapes) == limit, "the spy sees the chunks"
 
 
-def test_forward_keeps_only_its_inputs_for_the_backward_pass():
+@pytest.mark.parametrize("limit, chunks", [(0, 0), (2 * 50 * 8, 1), (3 * 2 * 50 * 8 - 1, 2)])
+def test_forward_keeps_probabilities_up_to_a_limit_for_the_backward_pass(
+    monkeypatch, limit, chunks
+):
+    monkeypatch.setattr(module, "BYTES_KEPT", limit)
+    rows_at_once(monkeypatch, 2, vocabulary=50)
     hidden, weight, targets = head_inputs(6, 2, 50)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.data_ptr()), lambda packed: packed
+        lambda tensor: kept.append(tensor) or tensor, lambda packed: packed
     ):
-        token_logps(hidden, weight, targets)
-    assert set(kept) == {hidden.data_ptr(), weight.data_ptr(), targets.data_ptr()}
+        logps = token_logps(hidden, weight, targets)
+    probabilities = [tensor for tensor in kept if tensor.shape == (2, 50)]
+    assert len(kept) == 3 + len(probabilities) and len(probabilities) == chunks
+    found = torch.autograd.grad(logps, (hidden, weight), normal(6, seed=5))
+    reference = log_softmax_then_gather(hidden, weight, targets)
+    expected = torch.autograd.grad(reference, (hidden, weight), normal(6, seed=5))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_log_probabilities_are_the_same_bits_with_and_without_gradients():
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = head_inputs(21, 8, 1000, dtype)
+        with torch.no_grad():
+            reference = token_logps(hidden, weight, targets)
+        assert torch.equal(token_logps(hidden, weight, targets), reference)
+
+
+def test_float32_gradients_are_right_to_six_digits_over_a_large_vocabulary():
+    hidden, weight, targets = head_inputs(16, 32, 49152, torch.float32)
+    found = torch.autograd.grad(token_logps(hidden, weight, targets).sum(), (hidden, weight))
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    reference = log_softmax_then_gather(*exact, targets)
+    expected = torch.autograd.grad(reference.sum(), exact)
+    for rounded, right in zip(found, expected, strict=True):
+        assert (rounded - right).norm() / right.norm() < 1e-6
 
 
 def test_a_frozen_head_gets_no_gradient_and_none_is_computed(monkeypatch):
