@@ -24,7 +24,7 @@ def shared_prompt_attention(
     Two products a pair: prompt and chosen answer causally, then the rejected answer over prompt
     and itself. Once share_prompts(True) is called, every attention layer calls it. A kernel put
     here must run in float32 on the CPU too, where choose_layout compares it with separate sequences
-    and else goes back to them. Then delete runs/reference_cache: its keys do not know of this code.
+    and else goes back to them.
 
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
     segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them

@@ -8,6 +8,10 @@ from support.files import digest_tensors, read_tensors, write_tensors
 from support.machine import numerics
 from support.processes import say
 
+ROOT = Path(__file__).parent.parent
+# what computes a log-probability: after a change its last digits may be others
+CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py", ROOT / "support" / "attention.py"]
+
 
 def read_or_compute(title, folder, depends_on, compute):
     """compute(), or what it returned when all that it depends on was the same.
@@ -32,7 +36,7 @@ def read_or_compute(title, folder, depends_on, compute):
 
 
 def logps_key(config, setup, splits):
-    """Whatever changes a log-probability's last digit, but for the code: read_or_compute's key.
+    """Whatever changes a log-probability's last digit: read_or_compute's key.
 
     setup   the run's Setup: its origin, policy and rows
     splits  those that are computed
@@ -43,6 +47,7 @@ def logps_key(config, setup, splits):
             rows.append([row.pairs, digest_tensors({"": row.input_ids}), row.segments])
     return {
         **numerics(config),
+        "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
         "weights": setup.origin["model"],
         "adapter": config.lora_r > 0,
         "shared prompts": setup.policy.shared,

@@ -583,6 +583,19 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
     assert torch.equal(setup.reference["train"][row.pairs], logps)
 
 
+def test_the_cache_is_not_read_after_the_code_behind_it_changed(
+    ready, passes, monkeypatch, tmp_path
+):
+    kernel = tmp_path / "kernel.py"
+    kernel.write_text("fast = False")
+    monkeypatch.setattr("support.cache.CODE", [kernel])
+    ready(reference_cache="cache")
+    kernel.write_text("fast = True")
+    before = len(passes)
+    ready(reference_cache="cache")
+    assert len(passes) - before > CHECKED
+
+
 def test_the_cache_is_not_read_for_the_same_rows_with_pairs_in_another_order(ready):
     one_step = {"reference_cache": "cache", "train_pairs": 0, "batch_size": 8, "eval_pairs": 0}
     for shuffle in (True, False):
