@@ -343,9 +343,9 @@ def compare(options):
         json.dumps(
             [
                 {
-                    "prompt_ids": p.prompt_ids,
-                    "chosen_ids": p.chosen_ids,
-                    "rejected_ids": p.rejected_ids,
+                    "prompt_ids": list(p.prompt_ids),
+                    "chosen_ids": list(p.chosen_ids),
+                    "rejected_ids": list(p.rejected_ids),
                 }
                 for p in pairs
             ]
