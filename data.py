@@ -1,7 +1,7 @@
 """Any preference set in; token ids, rows and optimizer steps out. Knows the tokenizer alone.
 
 load_records -> read_preference -> PairEncoder.encode -> select_pairs -> group_into_steps
--> make_row
+-> make_row, where the row is used
 
 How files and the Hub are read is in support/sources.py, what columns mean in support/shapes.py.
 """
@@ -27,7 +27,7 @@ from support.template import compare_template, left_out_of
 from support.turns import Drop, drop_if
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One preference: token ids of a prompt and of its two answers, end-of-turn token included."""
 
@@ -57,7 +57,6 @@ class Pair:
 class Row:
     """Pairs laid out as [prompt | chosen | rejected | prompt | ...], without padding.
 
-    pairs                    the pairs' positions in the list that they were taken from
     segments                 the lengths (prompt, chosen, rejected) of each pair
     lengths                  those of the answers alone, one after the other
     input_ids, position_ids  (t,) int64; a rejected answer's positions restart after its prompt
@@ -65,7 +64,6 @@ class Row:
     targets                  (n,) int64: those answer tokens
     """
 
-    pairs: list[int]
     segments: list[tuple[int, int, int]]
     lengths: list[int]
     input_ids: torch.Tensor
@@ -143,14 +141,13 @@ def _say_what_is_odd(pairs, encoder, records):
 def _count_both_ways(pairs):
     """How many pairs have a twin whose chosen answer is their rejected one, and the reverse."""
     seen = set()
+    turned = set()
     for pair in pairs:
-        # bytes, for a tuple of numbers takes nine times the memory
+        # hashes of 8 bytes, for a large set's texts would all be held a second time
         answers = (bytes(array("i", pair.chosen_ids)), bytes(array("i", pair.rejected_ids)))
-        seen.add((pair.prompt, *answers))
-    turned = 0
-    for prompt, chosen, rejected in seen:
-        turned += (prompt, rejected, chosen) in seen
-    return turned
+        seen.add(hash((pair.prompt, *answers)))
+        turned.add(hash((pair.prompt, *answers[::-1])))
+    return len(seen & turned)
 
 
 def _evaluation_records(config, records, order):
@@ -371,23 +368,21 @@ class PairEncoder:
             drop_if(re.search("[\ud800-\udfff]", text), "malformed: not Unicode text")
 
 
-def group_into_steps(pairs, pairs_per_step, row_tokens, device="cpu", least=1):
-    """Lay pairs out as rows, and rows as optimizer steps.
+def group_into_steps(pairs, pairs_per_step, row_tokens, least=1):
+    """Share pairs out over optimizer steps, and a step's over rows.
 
     The pairs of a step fill as few rows as hold them within row_tokens, longest pair first, but as
     many as `least` where there are pairs for them, so that each process has one. Rows stay the
     same in every epoch: in bfloat16 a log-probability depends on its row, and the reference has
     seen each pair in one row only.
 
-    returns  the steps, each a list of Row
+    returns  the steps, each a list of rows, each a list of its pairs' positions in `pairs`: what
+             make_row lays out where it is used, for a row is several times as large as its pairs
     """
     steps = []
     for start in range(0, len(pairs), pairs_per_step):
         indices = range(len(pairs))[start : start + pairs_per_step]
-        rows = []
-        for members in _fill_rows(pairs, indices, row_tokens, least):
-            rows.append(make_row(pairs, members, device))
-        steps.append(rows)
+        steps.append(_fill_rows(pairs, indices, row_tokens, least))
     return steps
 
 
@@ -431,7 +426,6 @@ def make_row(pairs, indices, device="cpu"):
         lengths += [chosen, rejected]
     as_tensor = partial(torch.tensor, device=device)
     return Row(
-        list(indices),
         segments,
         lengths,
         as_tensor(input_ids),

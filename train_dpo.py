@@ -80,7 +80,7 @@ class Setup:
     pairs: dict[str, list[data.Pair]]
     drops: dict[str, Counter]  # how many records were dropped, by reason
     lengths: dict[str, torch.Tensor]  # (pairs, 2) how many tokens both answers have
-    steps: dict[str, list[list[data.Row]]]  # the rows of pairs of each optimizer step
+    steps: dict[str, list[list[list[int]]]]  # each one's rows, each a list of positions in pairs
     end_of_turn: int  # id of the token that ends an answer
     samples: list[data.Pair]  # those whose prompts the report shows answers to
     weights: dict[str, torch.Tensor] | None = None  # trained float32 master weights: place_weights
@@ -97,11 +97,15 @@ class Setup:
 
     @property
     def rows(self):
-        """All rows by split."""
+        """All rows by split, each a list of positions in pairs."""
         rows = {}
         for split, steps in self.steps.items():
             rows[split] = list(itertools.chain.from_iterable(steps))
         return rows
+
+    def make_row(self, split, members):
+        """Pairs at these positions as one data.Row, where the model is."""
+        return data.make_row(self.pairs[split], members, self.model.device)
 
 
 def main(arguments=None):
@@ -246,18 +250,19 @@ def train_step(setup, config, rows, optimizer, lr):
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens,
              and `skipped`, the records of a step that was
     """
-    indices = [index for row in rows for index in row.pairs]
+    indices = list(itertools.chain.from_iterable(rows))
     reference = setup.reference["train"]
     lengths = setup.lengths["train"]
     logps = torch.zeros(len(indices), 2, device=config.device)
     setup.model.train()
-    for row, share in processes.share_rows(rows):
+    for members, share in processes.share_rows(rows):
+        row = setup.make_row("train", members)
         row_logps = sequence_logps(setup.policy(row), row.lengths)
         row_logps = row_logps.view(-1, 2)  # chosen, rejected
-        losses, _ = score(row_logps, reference[row.pairs], lengths[row.pairs], config)
+        losses, _ = score(row_logps, reference[members], lengths[members], config)
         # the mean over the step's pairs; FSDP2 averages gradients over processes
         (losses.sum() * (share * processes.WORLD / len(indices))).backward()
-        places = [indices.index(index) for index in row.pairs]
+        places = [indices.index(index) for index in members]
         logps[places] += share * row_logps.detach()
     setup.model.eval()  # train mode is for activation checkpointing and lora_dropout alone
 
@@ -267,7 +272,7 @@ def train_step(setup, config, rows, optimizer, lr):
     figures = summarize(metrics)
     figures["grad_norm"] = processes.whole(norm).item()
     figures["lr"] = lr
-    figures["tokens"] = sum(len(row.input_ids) for row in rows)
+    figures["tokens"] = sum(setup.pairs["train"][index].tokens for index in indices)
 
     # one bad step would leave nan in weights and moments for good
     if math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"]):
@@ -390,11 +395,12 @@ def compute_logps(setup, split, config, title):
             float32_weights[f"model.{name}"] = weight
     logps = torch.zeros(len(setup.pairs[split]), 2, device=config.device)
     with processes.progress(f"{title}, {split}", len(logps)) as bar:
-        for row, share in processes.share_rows(setup.rows[split]):
+        for members, share in processes.share_rows(setup.rows[split]):
+            row = setup.make_row(split, members)
             tokens = torch.func.functional_call(setup.policy, float32_weights, (row,))
             answers = sequence_logps(tokens, row.lengths)
-            logps[row.pairs] += share * answers.view(-1, 2).float()
-            bar.update(len(row.pairs) * processes.WORLD)
+            logps[members] += share * answers.view(-1, 2).float()
+            bar.update(len(members) * processes.WORLD)
     return processes.sum_over_processes(logps)
 
 
@@ -482,7 +488,6 @@ def lay_out(pairs, config):
             part,
             pairs_per_step=config.batch_size * config.gradient_accumulation_steps,
             row_tokens=config.batch_size * longest,
-            device=config.device,
             least=processes.WORLD,
         )
     return steps

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from support.files import digest_tensors, read_tensors, write_tensors
+from support.files import digest_pairs, read_tensors, write_tensors
 from support.machine import numerics
 from support.processes import say
 
@@ -38,13 +38,14 @@ def read_or_compute(title, folder, depends_on, compute):
 def logps_key(config, setup, splits):
     """Whatever changes a log-probability's last digit: read_or_compute's key.
 
-    setup   the run's Setup: its origin, policy and rows
+    setup   the run's Setup: its origin, policy, pairs and rows
     splits  those that are computed
     """
-    rows = []
+    pairs = {}
+    rows = {}
     for split in splits:
-        for row in setup.rows[split]:
-            rows.append([row.pairs, digest_tensors({"": row.input_ids}), row.segments])
+        pairs[split] = setup.pairs[split]
+        rows[split] = setup.rows[split]
     return {
         **numerics(config),
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
@@ -52,5 +53,6 @@ def logps_key(config, setup, splits):
         "adapter": config.lora_r > 0,
         "shared prompts": setup.policy.shared,
         "attention": setup.policy.native_attention,
+        "pairs": digest_pairs(pairs),
         "rows": rows,
     }

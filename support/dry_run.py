@@ -108,29 +108,35 @@ def estimate(setup, config):
 
     setup   the Setup that the run would train on
     """
-    rows = setup.rows
     steps = config.epochs * len(setup.steps["train"])
     trained = 0
     for weight in setup.weights.values():
         trained += weight.numel()
-    longest = max(rows["train"], key=lambda row: len(row.input_ids))
-    tokens = len(longest.input_ids)
-    names = {"policy": setup.policy, "row": longest}
+    longest = max(setup.rows["train"], key=lambda row: _tokens(setup.pairs["train"], row))
+    tokens = _tokens(setup.pairs["train"], longest)
+    names = {"policy": setup.policy, "row": setup.make_row("train", longest)}
     timer = Timer("policy(row)", globals=names, num_threads=torch.get_num_threads())
     seconds_a_token = timer.timeit(1).median / tokens
-    minutes = _tokens_in_all(rows, steps, config) * seconds_a_token / WORLD / 60
+    minutes = _tokens_in_all(setup.pairs, steps, config) * seconds_a_token / WORLD / 60
     memory = _memory(setup.model, trained, tokens, config)
     cost = f"{minutes:.1f} minutes and {memory / 1e9:.1f} GB for each process"
     say(f"Estimate for {config.output_dir}: {cost}")
     say("Which answers the reference prefers already, a run tells after its reference pass")
 
 
-def _tokens_in_all(rows, steps, config):
+def _tokens(pairs, members):
+    """Tokens of the pairs at these positions, laid out as one row."""
+    tokens = 0
+    for index in members:
+        tokens += pairs[index].tokens
+    return tokens
+
+
+def _tokens_in_all(pairs, steps, config):
     """Tokens of all forward passes in a run, a backward pass counted as two forward ones."""
-    tokens = {"train": 0, "eval": 0}
-    for split, part in rows.items():
-        for row in part:
-            tokens[split] += len(row.input_ids)
+    tokens = {}
+    for split, part in pairs.items():
+        tokens[split] = _tokens(part, range(len(part)))
     evaluations = 2  # the reference's, and the last
     if config.reference_model:
         evaluations += 1  # the policy's own before its first step

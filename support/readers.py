@@ -1,13 +1,15 @@
 """Files and folders of records in: JSON lines, JSON, CSV, Parquet, and what `datasets` saved.
 
-Parquet and saved sets are mapped into memory, not read into it: each record is read where it is
-used.
+Of JSON lines, Parquet and saved sets a record is read where it is used, so that memory does not
+grow with the set; JSON, CSV and compressed files are read as a whole.
 """
 
 import csv
 import io
 import json
+from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -174,11 +176,13 @@ def _join(parts):
 
 def _read_file(path):
     """The records of a file; InputError if it is broken."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers = {".jsonl": JsonLines, ".json": _read_json, ".csv": _read_csv}
     kind, _ = _kind(path)
     try:
         if kind == ".parquet":
-            return datasets.Dataset.from_parquet(path)
+            records = datasets.Dataset.from_parquet(path)
+            pyarrow.default_memory_pool().release_unused()  # a row group is read as a whole
+            return records
         with pyarrow.input_stream(str(path), compression="detect") as stream:
             return readers[kind](io.BufferedReader(stream), path)
     except InputError:
@@ -201,21 +205,46 @@ def _check_encoding(file, path):
         raise InputError(f"{path} is in {encoding.upper()}: save it as UTF-8")
 
 
-def _read_jsonl(file, path):
-    _check_encoding(file, path)
-    records = []
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_parse(line))
-        except (ValueError, RecursionError) as error:
-            hint = ""
-            if number == 1 and line.strip() in (b"[", b"\xef\xbb\xbf["):
-                hint = ". It begins as a JSON list does: name it .json"
-            fault = f"{path}, line {number} cannot be read: {first_line(error)}{hint}"
-            raise InputError(fault) from error
-    return records
+class JsonLines(Sequence):
+    """The records of a file of JSON lines: all are checked at once, and parsed where they are used.
+
+    file  what the file holds, decompressed
+    path  its name
+    """
+
+    def __init__(self, file, path):
+        _check_encoding(file, path)
+        _, compression = _kind(path)
+        # kept open, so that a file put in its place meanwhile is not read with these starts
+        self.file = io.BufferedReader(io.FileIO(path))
+        if compression:
+            self.file = io.BytesIO(file.read())
+        self.starts = array("q")  # where each record's line begins
+        start = 0
+        for number, line in enumerate(self.file, 1):
+            if line.strip():
+                _check_line(line, number, path)
+                self.starts.append(start)
+            start += len(line)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, index):
+        self.file.seek(self.starts[index])
+        return _parse(self.file.readline())
+
+
+def _check_line(line, number, path):
+    """Refuse a line that is not JSON."""
+    try:
+        _parse(line)
+    except (ValueError, RecursionError) as error:
+        hint = ""
+        if number == 1 and line.strip() in (b"[", b"\xef\xbb\xbf["):
+            hint = ". It begins as a JSON list does: name it .json"
+        fault = f"{path}, line {number} cannot be read: {first_line(error)}{hint}"
+        raise InputError(fault) from error
 
 
 def _read_json(file, path):

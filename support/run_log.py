@@ -71,7 +71,7 @@ class RunLog:
 
     folder            the run's
     config            its settings
-    order             the data.Rows of each optimizer step of the run
+    order             the rows of each optimizer step of the run, each a list of pairs
     done              the step of the checkpoint it goes on from, or 0
     before            seconds that a new run's clock has run already: the reference pass
     peak_share        share of the machine's peak that one token a second is
@@ -83,7 +83,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         self.pairs = []  # of each step
         for rows in order:
-            self.pairs.append(sum(len(row.pairs) for row in rows))
+            self.pairs.append(sum(len(row) for row in rows))
         self.done = done
         self.peak_share = peak_share
         self.began = time.time()

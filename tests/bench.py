@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -83,7 +84,8 @@ def measure_ours(options):
     shape = setup.model.config.get_text_config()
     matrices = sum(p.numel() for n, p in setup.model.named_parameters() if "emb" not in n)
     flops = 0
-    for row in (row for group in steps for row in group):
+    for members in setup.rows["train"]:
+        row = setup.make_row("train", members)
         seen = sum((p + c) ** 2 / 2 + r * (p + r / 2) for p, c, r in row.segments)
         flops += 2 * matrices * len(row.input_ids)
         flops += 2 * shape.vocab_size * shape.hidden_size * len(row.targets)
@@ -206,14 +208,14 @@ def measure_growth(options):
     return {"seconds": min(times), "memory": peak_memory() - before - gradients}
 
 
-def high_water():
-    """Bytes of memory that this process held at most; getrusage counts the parent's too."""
+def memory_of_process(field):
+    """Bytes that this process holds (VmRSS) or held at most (VmHWM), the parent's not counted."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024
 
 
 def measure_data(options):
-    """Reading, recognition, tokenisation and rows of the records in options.dataset, on one core.
+    """Reading, recognition and tokenisation of the records in options.dataset, on one core.
 
     Seconds are the process's own, so that other programs do not count.
 
@@ -235,28 +237,28 @@ def measure_data(options):
         train_pairs=options.pairs,
         device="cpu",
     )
-    before = high_water()
+    before = memory_of_process("VmRSS")
     start = time.process_time()
     records = data.load_records(config.dataset, None, None)
     read = time.process_time() - start
-    count = len(records)
-    del records
+    encoder = data.PairEncoder(tokenizer)
+    drops = Counter()
     start = time.process_time()
-    pairs, drops = data.load_pairs(config, tokenizer)
-    seen = len(pairs["train"]) + len(pairs["eval"]) + drops["train"].total()
+    sample = data.select_pairs(records, encoder, 1000, range(len(records)), drops)
     encoded = time.process_time() - start
-    loaded = high_water()
+    count = len(records)
+    seen = len(sample) + drops.total()
+    del records, sample
+    pairs, _ = data.load_pairs(config, tokenizer)
     steps = train_dpo.lay_out(pairs, config)
-    tokens = sum(pair.tokens for pair in pairs["train"])
     return {
-        "records": count,
         "read": count / read,
         "seen": seen / encoded,
-        "tokens": tokens,
+        "tokens": sum(pair.tokens for pair in pairs["train"]),
         "steps": len(steps["train"]),
         "before": before,
-        "loaded": loaded,
-        "memory": high_water(),
+        "held": memory_of_process("VmRSS"),
+        "peak": memory_of_process("VmHWM"),
     }
 
 
@@ -295,15 +297,15 @@ def read_many(options):
         os.environ["HF_DATASETS_CACHE"] = folder
         load_model(our_config(options))[1].save_pretrained(Path(folder) / "tokenizer")
         print(
-            "| file | records | train_pairs | read, records/s | all, records/s | tokens | "
-            "GB before | GB with pairs | GB with rows |\n" + "| --- " * 9 + "|"
+            "| file | records | train_pairs | read, records/s | encoded, records/s | tokens | "
+            "GB before | GB held | GB at peak |\n" + "| --- " * 9 + "|"
         )
         for count in (6000, 60000):
             for path in write_many(options.dataset, folder, count):
                 for wanted in (500, 0):
                     changes = {"dataset": str(path), "pairs": wanted}
                     result = run_side(options, "data", model=f"{folder}/tokenizer", **changes)
-                    memory = [result[name] / 1e9 for name in ("before", "loaded", "memory")]
+                    memory = [result[name] / 1e9 for name in ("before", "held", "peak")]
                     gigabytes = " | ".join(f"{value:.2f}" for value in memory)
                     print(
                         f"| {path.suffix} | {count} | {wanted} | {result['read']:.0f} | "

@@ -53,10 +53,9 @@ def held_out_logps(model, setup):
 
 def policy_logps(setup):
     with torch.no_grad():
-        rows = [setup.policy(row) for row in setup.rows["eval"]]
-    order = [i for row in setup.rows["eval"] for i in row.pairs]
-    lengths = [n for row in setup.rows["eval"] for n in row.lengths]
-    answers = torch.cat(rows).split(lengths)
+        rows = [setup.policy(setup.make_row("eval", row)) for row in setup.rows["eval"]]
+    order = [i for row in setup.rows["eval"] for i in row]
+    answers = torch.cat(rows).split(setup.lengths["eval"][order].flatten().tolist())
     by_pair = {i: answers[2 * k : 2 * k + 2] for k, i in enumerate(order)}
     return torch.cat([logps for i in sorted(by_pair) for logps in by_pair[i]])
 

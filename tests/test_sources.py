@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -64,7 +65,7 @@ def test_bom_and_crlf_change_nothing(tmp_path, suffix, bom, newline):
         written = written.removesuffix("null") + newline
     path = tmp_path / ("a" + suffix)
     path.write_bytes(bom + written.encode("utf-8"))
-    assert sources.read_records(str(path)) == records
+    assert [*sources.read_records(str(path))] == records
 
 
 def test_csv_keeps_na_and_none_as_text(tmp_path):
@@ -471,7 +472,7 @@ def test_a_compressed_file_is_read_as_what_is_in_it(tmp_path, kind):
     }[kind]
     path = tmp_path / f"A.{kind.upper()}.gz"
     path.write_bytes(gzip.compress(content.encode()))
-    assert sources.read_records(str(path)) == [record()]
+    assert [*sources.read_records(str(path))] == [record()]
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
@@ -480,7 +481,7 @@ def test_a_compressed_file_is_read_whole_or_told_to_be_damaged(tmp_path, kind):
     path = tmp_path / f"a.jsonl{'.gz' if kind == 'gzip' else '.zst'}"
     one = codec.compress(json.dumps(record()).encode() + b"\n").to_pybytes()
     path.write_bytes(one + one)  # files that were compressed one by one, and joined
-    assert sources.read_records(str(path)) == [record()] * 2
+    assert [*sources.read_records(str(path))] == [record()] * 2
     for content in (one[:-9], one + one[:-1], b"x"):
         path.write_bytes(content)
         with pytest.raises(InputError, match=f"{path.name} cannot be read: OSError"):
@@ -590,7 +591,7 @@ def test_a_file_in_utf_16_is_told_its_encoding(tmp_path, name, encoding):
 
 def test_json_in_utf_16_is_read(tmp_path):
     (tmp_path / "a.json").write_bytes(json.dumps([record()]).encode("utf-16"))
-    assert sources.read_records("a.json") == [record()]
+    assert [*sources.read_records("a.json")] == [record()]
 
 
 def test_json_and_json_lines_under_each_others_name_are_told_the_right_one(tmp_path):
@@ -602,3 +603,24 @@ def test_json_and_json_lines_under_each_others_name_are_told_the_right_one(tmp_p
         InputError, match="line 1 cannot be read.*begins as a JSON list.*name it .json"
     ):
         sources.read_records("a.jsonl")
+
+
+def test_records_of_json_lines_are_parsed_where_they_are_used_and_not_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    text = "word " * 200
+    write_jsonl(path, [record(f"{number} {text}") for number in range(2000)])
+    tracemalloc.start()
+    records = sources.read_records(str(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 10
+    assert [records[number]["prompt"].split()[0] for number in (1999, 0, 7)] == ["1999", "0", "7"]
+
+
+def test_a_file_replaced_while_its_records_are_used_gives_those_it_was_checked_with(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [record("before")])
+    records = sources.read_records(str(path))
+    write_jsonl(tmp_path / "b.jsonl", [record("after")])
+    os.replace(tmp_path / "b.jsonl", path)
+    assert records[0]["prompt"] == "before"

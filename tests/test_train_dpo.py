@@ -270,8 +270,9 @@ def test_runs_that_sum_and_runs_that_average_share_one_reference(dpo, setups):
 def row_logps(setup):
     """log pi(y|x) of the training pairs under the policy as it is now, (pairs, 2)."""
     logps = torch.zeros(len(setup.pairs["train"]), 2)
-    for row in (row for rows in setup.steps["train"] for row in rows):
-        logps[row.pairs] = sequence_logps(setup.policy(row), row.lengths).view(-1, 2).float()
+    for members in setup.rows["train"]:
+        row = setup.make_row("train", members)
+        logps[members] = sequence_logps(setup.policy(row), row.lengths).view(-1, 2).float()
     return logps
 
 
@@ -378,15 +379,15 @@ def test_a_steps_gradient_is_the_mean_over_its_pairs_also_in_a_short_last_group(
         gradient_accumulation_steps=accumulation,
     )
     if batch_size == 1:  # rows of one long pair beside rows of several short ones
-        assert any(len({len(row.pairs) for row in rows}) > 1 for rows in setup.steps["train"])
+        assert any(len({len(row) for row in rows}) > 1 for rows in setup.steps["train"])
     generator = torch.Generator().manual_seed(1)  # as if trained: the pairs' gradients then differ
     setup.reference["train"] = setup.reference["train"] + 2 * torch.randn(7, 2, generator=generator)
     twin = copy.deepcopy(setup.model)
-    assert [sum(len(row.pairs) for row in rows) for rows in setup.steps["train"]] == (
+    assert [sum(len(row) for row in rows) for rows in setup.steps["train"]] == (
         [4, 3] if batch_size * accumulation == 4 else [3, 3, 1]
     )
     for group in setup.steps["train"]:
-        indices, optimizer = [i for row in group for i in row.pairs], Gradients(setup.weights)
+        indices, optimizer = [i for row in group for i in row], Gradients(setup.weights)
         figures = train_dpo.train_step(setup, config, group, optimizer, 0.0)
         losses = []
         for index in indices:
@@ -428,7 +429,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_named(ready):
     setup.reference["train"][0, 0] = math.nan
     optimizer = train_dpo.make_optimizer(setup.weights, config)
     figures = train_dpo.train_step(setup, config, setup.steps["train"][0], optimizer, config.lr)
-    in_step = [setup.pairs["train"][i].index for row in setup.steps["train"][0] for i in row.pairs]
+    in_step = [setup.pairs["train"][i].index for row in setup.steps["train"][0] for i in row]
     assert sorted(figures["skipped"]) == sorted(in_step)
     for name, weight in setup.weights.items():
         assert torch.equal(weight, before[name])
@@ -578,9 +579,10 @@ def test_the_cache_is_not_read_for_other_pairs_rows_or_numerics(ready, passes, c
     setup, _ = ready(reference_cache="cache", **{"max_length": 70, **changes})
     assert len(passes) - before > CHECKED
     with torch.no_grad():
-        row = setup.steps["train"][0][0]
+        members = setup.steps["train"][0][0]
+        row = setup.make_row("train", members)
         logps = sequence_logps(setup.policy(row), row.lengths).view(-1, 2)
-    assert torch.equal(setup.reference["train"][row.pairs], logps)
+    assert torch.equal(setup.reference["train"][members], logps)
 
 
 def test_the_cache_is_not_read_after_the_code_behind_it_changed(
@@ -600,10 +602,11 @@ def test_the_cache_is_not_read_for_the_same_rows_with_pairs_in_another_order(rea
     one_step = {"reference_cache": "cache", "train_pairs": 0, "batch_size": 8, "eval_pairs": 0}
     for shuffle in (True, False):
         setup, _ = ready(**one_step, shuffle=shuffle, split="test_prefs")
-        (row,) = setup.steps["train"][0]
+        (members,) = setup.steps["train"][0]
+        row = setup.make_row("train", members)
         with torch.no_grad():
             logps = sequence_logps(setup.policy(row), row.lengths).view(-1, 2)
-        assert torch.equal(setup.reference["train"][row.pairs], logps)
+        assert torch.equal(setup.reference["train"][members], logps)
 
 
 def test_the_cache_is_not_read_for_another_model_at_the_same_path(tmp_path, ready, passes):
