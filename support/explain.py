@@ -136,6 +136,8 @@ def damaged_file(name):
         pattern = "snapshots/*/*"
     if not os.path.isdir(folder):
         return None
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"you may not read the folder {folder}. Change its permissions"
     for file in sorted(folder.glob(pattern)):
         fault = _damage(file)
         if fault is None:

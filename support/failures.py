@@ -30,8 +30,8 @@ def advise(error):
         return f"{error}\n{OTHER_SETTINGS}"
     if isinstance(error, OSError | SafetensorError):
         return (
-            f"{error}\nMake room on the disk, or mend what this names; then the same command goes "
-            "on (without --overwrite)"
+            f"{error}\nMake room on the disk of output_dir and reference_cache, or mend what this "
+            "names; then the same command goes on (without --overwrite)"
         )
     if isinstance(error, torch.AcceleratorError | torch.distributed.DistError):
         return (

@@ -1,6 +1,7 @@
 """Models and sets from a Hub, through the real clients: train_dpo.py against one on 127.0.0.1."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from helpers import CONFIG, records, write_adapter, write_model
 from hub import Client, Hub, folder_files
-from support.explain import CONVERT
+from support.explain import CONVERT, explain
 
 
 def as_jsonl(rows):
@@ -300,6 +301,12 @@ def test_a_damaged_file_of_a_folder_is_named(here, run, tmp_path, file):
     assert code == 2
     assert f"the file {tmp_path / file} is damaged" in printed
     assert "Copy it anew" in printed
+
+
+def test_a_folder_without_permission_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # an administrator may read any
+    fault = explain(ValueError("Unrecognized model"), str(tmp_path), "model")
+    assert fault == f"you may not read the folder {tmp_path}. Change its permissions"
 
 
 def test_a_damaged_file_of_the_cache_is_named_and_mended_as_it_says(here, run):
