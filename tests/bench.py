@@ -1,14 +1,17 @@
 """Speed and memory, against TRL on the same pairs, and how both grow.
 
     python tests/bench.py --model FOLDER --dataset pairs.jsonl      this project and TRL, in turn
+    python tests/bench.py --model FOLDER --dataset pairs.jsonl --sweep 9    a run of a sweep of nine
     python tests/bench.py --growth                                  length, vocabulary, pairs
     python tests/bench.py --model FOLDER --dataset pairs.jsonl --data    reading many records
 
 The comparison needs `pip install trl==1.16.0`, in this environment or in the one whose interpreter
 --trl-python names. Each measurement is a process of its own, the two sides take turns, and medians
-are printed. A pair's seconds hold its share of the reference pass and of the optimizer steps, not
-the loading. The peak is a matrix product's, measured here. Run it on an otherwise idle machine: two
-programs that share cores spoil each other's times.
+are printed; a first round is not counted, since memory that a machine has not used yet is slow. A
+pair's seconds hold its share of the reference pass and of the optimizer steps, not the loading; its
+system seconds are those that the kernel took, on all cores. In a sweep this project computes the
+reference once, and TRL in each run. The peak is a matrix product's, measured here. Run it on an
+otherwise idle machine: two programs that share cores spoil each other's times.
 """
 
 import argparse
@@ -26,6 +29,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 STEP_PAIRS = 2  # batch 1, accumulation 2
+# options that a side's own process is given
+NUMBERS_AND_NAMES = (
+    "model",
+    "dataset",
+    "pairs",
+    "max_length",
+    "dtype",
+    "ids",
+    "vocabulary",
+    "sweep",
+)
 
 
 def peak_memory():
@@ -67,20 +81,30 @@ def our_config(options):
 
 
 def measure_ours(options):
-    """One epoch of this project's own loop."""
+    """One epoch of this project's own loop, for each run of a sweep; figures are a run's."""
     import torch
 
     import train_dpo
 
     config = our_config(options)
     setup = train_dpo.prepare(config)
-    optimizer, steps = train_dpo.make_optimizer(setup.weights, config), setup.steps["train"]
-    start = time.perf_counter()
-    losses = []
-    for step, group in enumerate(steps):
-        rate = train_dpo.learning_rate(step, len(steps), config)
-        losses.append(train_dpo.train_step(setup, config, group, optimizer, rate)["loss"])
-    seconds = time.perf_counter() - start + setup.reference_seconds
+    steps = setup.steps["train"]
+    initial = {}
+    if options.sweep > 1:
+        initial = {name: weight.detach().clone() for name, weight in setup.weights.items()}
+    start, system = time.perf_counter(), os.times().system
+    for _ in range(options.sweep):
+        for name, weight in initial.items():
+            setup.weights[name].data.copy_(weight)
+        train_dpo.round_weights(setup.policy, setup.weights)
+        optimizer = train_dpo.make_optimizer(setup.weights, config)
+        losses = []
+        for step, group in enumerate(steps):
+            rate = train_dpo.learning_rate(step, len(steps), config)
+            losses.append(train_dpo.train_step(setup, config, group, optimizer, rate)["loss"])
+    training = (time.perf_counter() - start) / options.sweep
+    system = (os.times().system - system) / options.sweep
+    seconds = training + setup.reference_seconds / options.sweep
     shape = setup.model.config.get_text_config()
     matrices = sum(p.numel() for n, p in setup.model.named_parameters() if "emb" not in n)
     flops = 0
@@ -94,10 +118,11 @@ def measure_ours(options):
     peak = matmul_peak(getattr(torch, config.dtype))
     return {
         "seconds": seconds / len(setup.pairs["train"]),
+        "system": system / len(setup.pairs["train"]),
         "memory": peak_memory(),
         "losses": losses,
         "tokens": tokens / seconds,
-        "peak": 4 * flops / seconds / peak,
+        "peak": (3 + 1 / options.sweep) * flops / seconds / peak,
         "reference": setup.reference_seconds,
         "threads": torch.get_num_threads(),
     }
@@ -160,10 +185,13 @@ def measure_trl(options):
         processing_class=AutoTokenizer.from_pretrained(options.model),
         callbacks=[Times()],
     )
+    system = os.times().system
     trainer.train()
+    system = os.times().system - system
     tokens = sum(len(ids) for pair in pairs for ids in pair.values())
     return {
         "seconds": sum(times) / len(pairs),
+        "system": system / len(pairs),
         "memory": peak_memory(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "tokens": tokens / sum(times),
@@ -319,7 +347,7 @@ def run_side(options, side, python=sys.executable, **changes):
     with tempfile.TemporaryDirectory() as folder:
         out, values = Path(folder) / "out.json", vars(options) | changes
         command = [python, __file__, "--side", side, "--out", str(out)]
-        for name in ("model", "dataset", "pairs", "max_length", "dtype", "ids", "vocabulary"):
+        for name in NUMBERS_AND_NAMES:
             command += [f"--{name}", str(values[name])]
         command += [f"--{name}" for name in ("checkpointing", "precompute") if values[name]]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
@@ -355,29 +383,30 @@ def compare(options):
     )
     trl = {"python": options.trl_python, "ids": str(ids)}
     print(
-        "| dtype | checkpointing | side | s a pair | tokens/s | share of peak | peak GB | "
-        "first, last loss |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| dtype | checkpointing | side | s a pair | system s | tokens/s | share of peak | "
+        "peak GB | first, last loss |\n" + "| --- " * 9 + "|"
     )
     for dtype in options.dtypes.split(","):
         for checkpointing in (False, True):
             settings = {"dtype": dtype, "checkpointing": checkpointing}
             sides = {"this project": [], "TRL": [], "TRL, reference first": []}
-            for _ in range(options.repeats):
+            for _ in range(1 + options.repeats):
                 sides["this project"].append(run_side(options, "ours", **settings))
                 sides["TRL"].append(run_side(options, "trl", **trl, **settings))
                 sides["TRL, reference first"].append(
                     run_side(options, "trl", precompute=True, **trl, **settings)
                 )
-            for side, runs in sides.items():
+            for side, (_, *runs) in sides.items():
                 middle = {
                     name: statistics.median(run[name] for run in runs)
-                    for name in ("seconds", "tokens", "peak", "memory")
+                    for name in ("seconds", "system", "tokens", "peak", "memory")
                 }
                 share = f"{middle['peak']:.0%}" if middle["peak"] else ""
                 losses = runs[0]["losses"]
                 print(
                     f"| {dtype} | {'on' if checkpointing else 'off'} | {side} | "
-                    f"{middle['seconds']:.2f} | {middle['tokens']:.0f} | {share} | "
+                    f"{middle['seconds']:.2f} | {middle['system']:.2f} | "
+                    f"{middle['tokens']:.0f} | {share} | "
                     f"{middle['memory'] / 1e9:.2f} | {losses[0]:.6f}, {losses[-1]:.6f} |",
                     flush=True,
                 )
@@ -411,6 +440,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--sweep", type=int, default=1, metavar="RUNS")
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--data", action="store_true")
