@@ -14,6 +14,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow
+from pyarrow.dataset import ParquetFragmentScanOptions
 from torch.utils.data import ConcatDataset, Subset
 
 from support.errors import InputError, first_line
@@ -180,9 +181,7 @@ def _read_file(path):
     kind, _ = _kind(path)
     try:
         if kind == ".parquet":
-            records = datasets.Dataset.from_parquet(path)
-            pyarrow.default_memory_pool().release_unused()  # a row group is read as a whole
-            return records
+            return _read_parquet(path)
         with pyarrow.input_stream(str(path), compression="detect") as stream:
             return readers[kind](io.BufferedReader(stream), path)
     except InputError:
@@ -196,6 +195,16 @@ def _read_file(path):
             copy = datasets.config.HF_DATASETS_CACHE
             fault += f" (datasets keeps a copy of it in {copy}; the variable HF_HOME moves that)"
         raise InputError(fault) from error
+
+
+def _read_parquet(path):
+    """The records of a file, of which one row group at a time is in memory."""
+    row_group_by_row_group = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+    records = datasets.Dataset.from_parquet(
+        path, batch_size=1000, fragment_scan_options=row_group_by_row_group
+    )
+    pyarrow.default_memory_pool().release_unused()
+    return records
 
 
 def _check_encoding(file, path):
