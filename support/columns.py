@@ -1,6 +1,7 @@
 """The setting `columns`: where a set with names of its own has what, {place: column}."""
 
 import difflib
+import itertools
 
 from support.errors import InputError
 from support.turns import is_filled
@@ -42,6 +43,14 @@ def check_places(columns):
             )
     if given >= {*PAIR, *LABELLED}:
         raise InputError("columns: give chosen and rejected, or a, b and winner, not both")
+    _check_all_differ(columns)
+
+
+def _check_all_differ(columns):
+    for one, other in itertools.combinations(columns, 2):
+        of_a_kind = (one in LABEL_VALUES) == (other in LABEL_VALUES)
+        if of_a_kind and columns[one] is not None and columns[one] == columns[other]:
+            raise InputError(f"columns: {one} and {other} are both {columns[one]!r}: change one")
 
 
 def check_columns(columns, records):

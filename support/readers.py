@@ -290,4 +290,12 @@ def _read_csv(file, path):
     for column, times in Counter(reader.fieldnames or ()).items():
         if times > 1:
             raise InputError(f"{path} has {times} columns called {column!r}: rename them")
-    return list(reader)
+    records = []
+    for record in reader:
+        if None in record:
+            raise InputError(
+                f"{path}, line {reader.line_num} has more fields than the header: text that holds "
+                'a comma needs quotes, as in "Apple, of course"'
+            )
+        records.append(record)
+    return records

@@ -6,12 +6,22 @@ name goes into one of the tuples, a new structure into a function that SHAPES, a
 
 import json
 import math
-import re
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from support.columns import EXAMPLES, LABEL_VALUES, under_known_names
-from support.turns import Drop, as_tools, as_turns, drop_if, first_of, is_filled, parsed, texts_in
+from support.labels import by_label, names_of
+from support.turns import (
+    Drop,
+    as_tools,
+    as_turns,
+    drop_if,
+    first_of,
+    is_filled,
+    parsed,
+    split_dialogue,
+    texts_in,
+)
 
 SYSTEMS = ("system", "system_prompt")
 QUESTIONS = ("prompt", "instruction", "question", "query", "messages", "conversations")
@@ -39,7 +49,6 @@ COMPARED = (  # two answers, and a number that is below zero where the first is 
     ("response1", "response2", "overall_preference"),
     ("response_1", "response_2", "preference_strength"),
 )
-TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "equal", "same", "draw")
 RANKED = ("completions", "answers", "responses", "generations")
 RATINGS = ("ratings", "scores", "rewards")  # of a list of texts, beside it
 # of an answer in a list
@@ -123,7 +132,8 @@ def read_preference(record, columns=None):
     shape, answers = _find_answers(fields)
     dialogues, holds_prompt = _find_dialogues(fields, answers)
     messages, *ends = _split(dialogues)
-    understood = set(QUESTIONS) if holds_prompt else fields.used - set(SYSTEMS)
+    # where the answers' dialogues hold the prompt, a column of it is only compared with them
+    understood = set() if holds_prompt else fields.used - set(SYSTEMS)
     _drop_if_half_read(fields, understood, [*messages, *ends])
 
     chosen, rejected = ends[0]["content"], ends[1]["content"]
@@ -264,13 +274,14 @@ def _drop_if_half_read(fields, understood, turns):
         if column == "tools" or column in understood or not is_filled(value):
             continue
         for text in texts_in(value):
-            text = text.strip()
-            is_said = text in contents or (len(text) >= 20 and text in "\n".join(contents))
-            drop_if(
-                not is_said,
-                f"{column} is filled and would change the prompt, but is not understood: "
-                f"columns={{{column}: null}} leaves it out",
-            )
+            for said in split_dialogue(text)[::2]:
+                said = said.strip()
+                is_said = said in contents or (len(said) >= 20 and said in "\n".join(contents))
+                drop_if(
+                    said and not is_said,
+                    f"{column} is filled and would change the prompt, but is not understood: "
+                    f"columns={{{column}: null}} leaves it out",
+                )
 
 
 def _both_begin_with(prompt, chosen, rejected):
@@ -299,48 +310,6 @@ def _scores(fields):
     return None
 
 
-def _by_label(fields, columns, first_means, second_means):
-    """Answers of two columns in the order that a label gives.
-
-    columns       (first, second, label)
-    first_means   the label's values for the first answer, in lower case
-    second_means  and for the second
-    raises        Drop for a tie, or a label that is neither
-    """
-    first, second, label = columns
-    value = fields.take(label)
-    said = str(value).strip().lower().removesuffix(".0")
-    drop_if(said in TIES, f"tie: {label} prefers neither answer")
-    if said in first_means:
-        return fields.answers(first, second)
-    if said in second_means:
-        return fields.answers(second, first)
-    label = fields.name(label)
-    raise Drop(f"{label} is {value!r:.40}, which names neither answer: see columns in config.yaml")
-
-
-def _names(first, second):
-    """What a label may call either of two answers, as two sets of words in lower case.
-
-    Its column; a or b, model_a or model_b; the ending of output_1 and output_2, or of any two
-    columns that differ in nothing else.
-    """
-    names = ({first.lower()}, {second.lower()})
-    endings = ("a", "b")
-    pattern = r"(.*?)(\d+|[ab])"
-    one = re.fullmatch(pattern, first.lower())
-    other = re.fullmatch(pattern, second.lower())
-    if one and other and one[1] == other[1]:
-        if one[2].isdigit():
-            names[0].add(one[2])
-            names[1].add(other[2])
-        else:
-            endings = (one[2], other[2])
-    for known, ending in zip(names, endings, strict=True):
-        known.update((ending, f"model_{ending}"))
-    return names
-
-
 # The shapes. A docstring's first line is what an error says of the shape, its example what of
 # columns; the tests read the example.
 
@@ -351,8 +320,12 @@ def chosen_and_rejected(fields):
     {"prompt": "Name a fruit.", "chosen": "An apple.", "rejected": "No."}
     """
     for chosen, rejected in ANSWERS:
-        if fields.has(chosen, rejected):
-            return fields.answers(chosen, rejected, _scores(fields))
+        if not fields.has(chosen, rejected):
+            continue
+        cells = (fields.record[chosen], fields.record[rejected])
+        names_columns = all(isinstance(cell, str) and cell in fields.record for cell in cells)
+        drop_if(names_columns, f"{chosen} and {rejected} are names of columns, not answers")
+        return fields.answers(chosen, rejected, _scores(fields))
     return None
 
 
@@ -394,7 +367,7 @@ def answers_with_a_label(fields):
     """
     for columns in LABELLED:
         if fields.has(*columns):
-            return _by_label(fields, columns, *_names(*columns[:2]))
+            return by_label(fields, columns, *names_of(*columns[:2]))
     return None
 
 
@@ -406,7 +379,7 @@ def answers_of_people(fields):
     columns = ("human_ref_A", "human_ref_B", "labels")
     if not fields.has(*columns):
         return None
-    return _by_label(fields, columns, {"1"}, {"0"})
+    return by_label(fields, columns, {"1"}, {"0"})
 
 
 def answers_compared(fields):
@@ -501,8 +474,8 @@ def labelled_by_columns(fields):
     if is_filled(columns.get("a_if")):
         means = [{str(columns[value]).strip().lower()} for value in LABEL_VALUES]
     else:
-        means = _names(fields.name("a"), fields.name("b"))
-    return _by_label(fields, ("a", "b", "winner"), *means)
+        means = names_of(fields.name("a"), fields.name("b"))
+    return by_label(fields, ("a", "b", "winner"), *means)
 
 
 SHAPES = (  # in this order

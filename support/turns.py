@@ -14,10 +14,13 @@ ROLES = {
     "gpt": "assistant",
     "agent": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
 }
+REASONING = ("reasoning_content", "reasoning", "thinking")  # which some templates write
 KEYS = ("role", "content", "from", "value")  # of a turn
 MAPPING_AS_TEXT = re.compile(r"""\s*(\[)?\s*\{\s*["'](\w+)["']\s*:""")  # a list of them
 # how text begins and ends that a chat template has written already
@@ -136,9 +139,7 @@ def _turns_of_text(text, column, role):
     r"""One turn, or those of "\n\nHuman: ...\n\nAssistant: ..."."""
     mark = _template_mark(text)
     drop_if(mark, f"{column} is written in a chat template ({mark}): plain text is wanted")
-    if text.startswith("Human:") and "\n\nAssistant:" in text:
-        text = "\n\n" + text
-    start, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    start, *parts = split_dialogue(text)
     if start.strip() or not parts:
         return [{"role": role, "content": text}]
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -146,6 +147,16 @@ def _turns_of_text(text, column, role):
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):
         turns.append({"role": roles[speaker], "content": said})
     return turns
+
+
+def split_dialogue(text):
+    r"""What stands before the first turn of a dialogue; then for each turn its speaker and words.
+
+    text  such as "\n\nHuman: ...\n\nAssistant: ...", or anything, which stands before all turns
+    """
+    if text.startswith("Human:") and "\n\nAssistant:" in text:
+        text = "\n\n" + text
+    return re.split(r"\n\n(Human|Assistant): ?", text)
 
 
 def _template_mark(text):
@@ -167,8 +178,12 @@ def _turn(turn, column):
     drop_if(not isinstance(turn, dict), _neither(column))
     speaker = first_of(turn, ("role", "from", "speaker"))
     content = first_of(turn, ("content", "value", "text"))
-    known = isinstance(speaker, str) and speaker in ROLES
-    drop_if(not known, _neither(column))
+    drop_if(not isinstance(speaker, str), _neither(column))
+    speaker = speaker.lower()
+    drop_if(speaker not in ROLES, f"{column} has a turn of the unknown role {speaker!r:.40}")
+    for name in REASONING:
+        fault = f"{column} has {name} beside a turn's text, which is not read: leave it out there"
+        drop_if(is_filled(turn.get(name)), f"{fault}, or write it into the text")
     calls = turn.get("tool_calls")
     if speaker == "function_call":
         calls, content = content, None

@@ -509,12 +509,20 @@ def test_a_record_is_never_half_read(column, value):
 
 def test_what_is_said_in_the_dialogue_anyway_changes_nothing():
     assert pair(record(Q, GOOD, BAD, question=Q, instruction=f" {Q}\n"))
-    assert pair({**WHOLE, "prompt": "\n\nHuman: something else", "messages": [user("x")]})
+    assert pair({**WHOLE, "prompt": f"\n\nHuman: {Q}\n\nAssistant:", "messages": [user(Q)]})
     assert reason(record(Q, GOOD, BAD, context="fruit")) == HALF.format("context")
     long = "Fruit are eaten, lead is not."
     assert pair(record(f"{long} {Q}", GOOD, BAD, context=long))
     assert reason({**WHOLE, "context": long}) == HALF.format("context")
     assert reason({**WHOLE, "system": "S"} | {"chosen": [system("T"), user(Q), assistant(GOOD)]})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["Something else", f"A fruit is red. {Q}", "\n\nHuman: Else?", [system("S"), user(Q)]],
+)
+def test_a_prompt_beside_dialogues_that_do_not_say_it_is_not_thrown_away(prompt):
+    assert reason({"prompt": prompt, **WHOLE}) == HALF.format("prompt")
 
 
 def test_a_second_system_message_is_not_lost():
@@ -568,7 +576,23 @@ def test_roles_of_other_sets_are_read_and_unknown_ones_dropped():
     assert pair(record(turns, GOOD, BAD))[0] == [*EARLIER, user(Q)]
     turns = [{"role": "developer", "content": "S"}, user(Q)]
     assert pair(record(turns, GOOD, BAD))[0] == turns
-    assert "neither text nor a list" in reason(record([{"from": "moderator", "value": Q}]))
+    turns = [{"from": "Human", "value": "Hi"}, {"from": "AI", "value": "Hello!"}, user(Q)]
+    assert pair(record(turns, GOOD, BAD))[0] == [*EARLIER, user(Q)]
+    why = "prompt has a turn of the unknown role 'moderator'"
+    assert reason(record([{"from": "moderator", "value": Q}])) == why
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_beside_an_answers_text_is_not_left_out_without_a_word(name):
+    thought = [assistant(GOOD) | {name: "It is a fruit."}]
+    assert reason(record(Q, thought, BAD)).startswith(f"chosen has {name} beside a turn's text")
+    assert pair(record(Q, [assistant(GOOD) | {name: ""}], BAD)) == ([user(Q)], GOOD, BAD)
+
+
+def test_names_of_columns_are_not_taken_for_answers():
+    why = "chosen and rejected are names of columns, not answers"
+    assert reason(record(Q, "one", "other", one=GOOD, other=BAD)) == why
+    assert pair(record(Q, "prompt", BAD)) == ([user(Q)], "prompt", BAD)
 
 
 @pytest.mark.parametrize("kind", ["image_url", "image", "input_audio"])
@@ -595,7 +619,8 @@ def test_text_that_only_looks_like_a_list_is_kept():
     broken = '[{"role": "assistant", "content": "An app'
     why = "malformed: chosen is a list stored as text that cannot be read"
     assert reason(record(Q, broken, BAD)) == why
-    assert "neither text nor a list" in reason(record(Q, '[{"role": "admin", "rights": 1}]', BAD))
+    unknown = '[{"role": "admin", "rights": 1}]'
+    assert reason(record(Q, unknown, BAD)) == "chosen has a turn of the unknown role 'admin'"
     assert reason(record(Q, "[{'role':" * 10_000, BAD))
 
 
@@ -671,10 +696,28 @@ def test_ties_are_dropped(tie):
     assert reason({"prompt": Q, "answers": rated}) == "tie in score"
 
 
-@pytest.mark.parametrize("value", [0, 3, -1, "good", True, [1], float("nan"), None])
+@pytest.mark.parametrize("value", [3, -1, "good", True, [1], float("nan"), None])
 def test_a_label_that_names_neither_answer_is_dropped(value):
     why = reason(ALPACA | {"preference": value})
     assert why.startswith("preference is ") and "names neither answer" in why
+
+
+@pytest.mark.parametrize("value", [0, "0", 0.0])
+def test_labels_that_count_from_0_beside_columns_that_count_from_1_are_not_guessed(value):
+    places = {"prompt": "instruction", "input": "input", "a": "output_1", "b": "output_2"}
+    for columns in (None, places):
+        if columns:
+            columns["winner"] = "preference"
+        with pytest.raises(InputError, match="so 1 may mean either. Say which, .* a_if: 0"):
+            read_preference(ALPACA | {"preference": value}, columns)
+    told = columns | {"a_if": 0, "b_if": 1}
+    assert read_preference(ALPACA | {"preference": value}, told).chosen == ALPACA["output_1"]
+    ties = columns | {"a_if": 1, "b_if": 2}
+    with pytest.raises(Drop, match="names neither answer"):
+        read_preference(ALPACA | {"preference": value}, ties)
+    safe = {"prompt": Q, "response_0": GOOD, "response_1": BAD, "better_response_id": 2}
+    with pytest.raises(InputError, match="so 1 may mean either"):
+        read_preference(safe)
 
 
 def test_an_answer_without_a_score_takes_no_part_in_a_ranking():
@@ -804,9 +847,15 @@ def test_a_label_that_may_mean_either_answer_is_not_guessed(value):
         assert pair(made, said)[1:] == ((GOOD, BAD) if value else (BAD, GOOD))
 
 
+LABEL = {"a": "left", "b": "right", "winner": "pick"}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        ({"chosen": "x", "rejected": "x"}, "chosen and rejected are both 'x': change one"),
+        ({**LABEL, "b": "x", "a": "x"}, "a and b are both 'x': change one"),
+        ({**LABEL, "a_if": 1, "b_if": 1}, "a_if and b_if are both 1: change one"),
         ({"answer": "good"}, "no place 'answer'.*Places are prompt, input, system"),
         ({"promt": "ask"}, "no place 'promt', did you mean prompt?"),
         ({"ask": "prompt"}, "no place 'ask', did you mean prompt: ask?"),

@@ -77,6 +77,14 @@ def test_csv_keeps_na_and_none_as_text(tmp_path):
     assert text(pairs[0].prompt_ids) == chatml([user("NA")])
 
 
+def test_a_csv_row_with_more_fields_than_the_header_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = ["prompt,chosen,rejected", "Q,good,bad", "Q,Apple, of course,bad"]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(InputError, match="a.csv, line 3 has more fields than the header"):
+        sources.read_records(str(path))
+
+
 def test_a_csv_field_may_be_longer_than_the_modules_limit(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected\nQ,%s,b\n" % ("x" * 200_000), encoding="utf-8")
