@@ -26,6 +26,8 @@ from support.sources import MissingSplit, Sets, open_source, read_records, split
 from support.template import compare_template, left_out_of
 from support.turns import Drop, drop_if
 
+HELD_OUT = "its prompt is held out for evaluation"
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -175,6 +177,8 @@ def _no_usable_pair(source, records, drops, columns):
         lines.append(f"  {number:6d}  {reason}")
     if drops["no room for an answer"]:
         lines.append("max_length holds prompt and answer: set it well above max_prompt_length")
+    if drops[HELD_OUT]:
+        lines.append("Set eval_pairs=0, or give other records to evaluate on: eval_dataset=...")
     if len(records) and not drops:
         lines.append("All are held out for evaluation: set eval_pairs=0, or give more records")
     for index in range(len(records)):
@@ -234,7 +238,7 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
         for index in order:
             try:
                 pair = encoder.encode(records[index], index)
-                drop_if(pair.prompt in without, "its prompt is held out for evaluation")
+                drop_if(pair.prompt in without, HELD_OUT)
                 yield pair
             except Drop as reason:
                 drops[str(reason)] += 1

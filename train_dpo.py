@@ -142,7 +142,9 @@ def run(configs, varied, options):
         with failures.noted(config):
             if not options.dry_run and is_finished(folder, config, options.overwrite):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
-                say(f"{folder} is finished. Add --overwrite to train it anew.")
+                say(
+                    f"{folder} is finished. If model or data have changed: --overwrite trains anew."
+                )
                 continue
             if not shares_setup(config, prepared_for):
                 setup = None  # frees the old model before the next one loads

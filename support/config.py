@@ -185,7 +185,18 @@ def read_config(path, overrides=()):
         config = replace(config, output_dir=_output_dir(config, varied))
         if config not in configs:
             configs.append(config)
+    _tell_what_does_nothing(configs)
     return configs, varied
+
+
+def _tell_what_does_nothing(configs):
+    """Say so where settings of an adapter were changed and no run trains one."""
+    if any(config.lora_r for config in configs):
+        return
+    given, usual = asdict(configs[0]), asdict(Config())
+    for name, value in given.items():
+        if name.startswith("lora_") and value != usual[name]:
+            say(f"!!! {name} does nothing, since lora_r is 0; lora_r=16 trains an adapter !!!")
 
 
 def _read_settings(path, overrides):
@@ -193,7 +204,9 @@ def _read_settings(path, overrides):
     source = f"config {path}"
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        settings = dict(yaml.load(text, _Loader) or {})
+        settings = yaml.load(text, _Loader) or {}
+        if not isinstance(settings, dict):
+            raise InputError("its lines are to be name: value, as in beta: 0.1")
         for override in overrides:
             source = f"setting {override!r}"
             name, equals, value = override.partition("=")

@@ -7,14 +7,17 @@ import contextlib
 import json
 import os
 import re
+import struct
 from pathlib import Path
 
+from gguf import GGUFReader
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from support.errors import first_line
 
+UNREADABLE = (SafetensorError, ValueError, IndexError, RecursionError, OSError, struct.error)
 CONVERT = """\
 import sys, transformers
 name, folder = sys.argv[1:]
@@ -34,12 +37,20 @@ def explain(error, name, kind):
     damaged = damaged_file(name) if kind == "model" else None
     return (
         _configurations(errors, name)
+        or _different_columns(errors, name)
         or _weights_as_bin(errors, name, kind)
         or _refusal(errors, name, kind)
         or _broken_download(errors)
         or damaged
-        or first_line(error)
+        or first_line(_cause(error))
     )
+
+
+def _cause(error):
+    """What the error says, or what it came from if `datasets` says only where it was met."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+        return error.__cause__
+    return error
 
 
 def _behind(error):
@@ -67,6 +78,16 @@ def _configurations(errors, name):
         choice = f"dataset={repository}/{choices[0]}{at}{revision}"
         return f"it has the configurations {', '.join(choices)}. Choose one: {choice}"
     return None
+
+
+def _different_columns(errors, name):
+    """Of a folder of files that `datasets` cannot join: how they are read one by one."""
+    if not any(type(error).__name__ == "CastError" for error in errors):
+        return None
+    return (
+        f"its files have different columns. Give those that belong together: dataset='{name}/*' "
+        "with their ending, as in /*.jsonl"
+    )
 
 
 def _weights_as_bin(errors, name, kind):
@@ -126,11 +147,13 @@ def _broken_download(errors):
 def damaged_file(name):
     """A sentence on the first file of a model that cannot be read, or None.
 
-    name  a folder, or a Hub model's name, whose files in the cache are then looked at
+    name  a folder, a file, or a Hub model's name, whose files in the cache are then looked at
     """
-    local = os.path.isdir(name)
+    local = os.path.exists(name)
     folder = Path(name)
     pattern = "*"
+    if os.path.isfile(name):
+        folder, pattern = folder.parent, folder.name
     if not local:
         folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
         pattern = "snapshots/*/*"
@@ -156,6 +179,8 @@ def _damage(file):
             json.loads(file.read_bytes())
         if file.suffix == ".safetensors":
             safe_open(file, "pt")
-    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        if file.suffix == ".gguf":
+            GGUFReader(file)
+    except UNREADABLE as error:
         return first_line(error)
     return None

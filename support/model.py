@@ -49,6 +49,8 @@ def load_model(config):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         on_the_hub = not os.path.exists(path)
+        if config.revision and not on_the_hub:
+            say(f"!!! revision={config.revision} does nothing: {path} is no Hub model !!!")
         adapter = find_adapter(config.model, path, options["revision"])
         if adapter:
             model, tokenizer = _load_merged(adapter, config)

@@ -7,6 +7,7 @@ grow with the set; JSON, CSV and compressed files are read as a whole.
 import csv
 import io
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -126,6 +127,7 @@ def _check_one_kind(folder):
     card = Path(folder, "README.md")
     if card.exists() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
         return
+    _check_all_shards(folder)
     if not kinds:
         raise InputError(
             f"dataset {folder}: the folder holds no .jsonl, .json, .csv or .parquet file"
@@ -135,6 +137,21 @@ def _check_one_kind(folder):
             f"dataset {folder}: the folder holds files of several kinds ({', '.join(kinds)}). Give "
             f"those of one, as in dataset='{Path(folder)}/*{min(kinds)}'"
         )
+
+
+def _check_all_shards(folder):
+    """Refuse a folder from which some of the files train-00000-of-00002.parquet are absent."""
+    found = Counter()
+    for file in Path(folder).rglob("*-of-*"):
+        shard = re.search(r"(.*-)\d{5}(-of-(\d{5})\..*)", str(file.relative_to(folder)))
+        if shard:
+            found[shard[1], shard[2], int(shard[3])] += 1
+    for (before, after, wanted), number in found.items():
+        if number < wanted:
+            raise InputError(
+                f"dataset {folder}: of the files {before}...{after} {number} are there. Add the "
+                "others, or rename these"
+            )
 
 
 def select_split(parts, name, split, required):

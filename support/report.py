@@ -58,6 +58,11 @@ def describe_pairs(pairs, drops, config):
         lines.append(f"  tokens, prompt once (0, 10, 50, 90, 100 %): {', '.join(spread)}")
         cut = [pair for pair in part if pair.cut]
         lines.append(f"  cut to max_length or max_prompt_length: {len(cut)}")
+        unused = set()
+        for pair in part:
+            unused.update(pair.unused)
+        if unused:
+            lines.append(f"  columns that are filled and not used: {', '.join(sorted(unused))}")
         for reason, dropped in drops[split].items():
             lines.append(f"  dropped, {reason}: {dropped}")
     for name in stand_ins_used:

@@ -343,13 +343,13 @@ def test_a_setting_that_stands_twice_in_a_file_is_refused_with_its_lines(tmp_pat
 
 @pytest.mark.parametrize("name", ["dataset", "eval_dataset", "lora_target_modules"])
 def test_a_list_of_what_one_string_can_join_says_that_it_sweeps(tmp_path, capsys, name):
-    (tmp_path / "c.yaml").write_text(f"{name}: [a, b]\n")
+    (tmp_path / "c.yaml").write_text(f"{name}: [a, b]\nlora_r: 8\n")
     configs, _ = read_config(tmp_path / "c.yaml")
     assert [getattr(config, name) for config in configs] == ["a", "b"]
     printed = capsys.readouterr().out
     joined = ".*(q_proj|v_proj)" if name.startswith("lora") else '"a, b"'
     assert printed == f"{name}: a list sweeps, a run for each; one run of all is {name}: {joined}\n"
-    (tmp_path / "c.yaml").write_text(f"{name}: {joined}\n")
+    (tmp_path / "c.yaml").write_text(f"{name}: {joined}\nlora_r: 8\n")
     assert len(read_config(tmp_path / "c.yaml")[0]) == 1 and not capsys.readouterr().out
 
 
@@ -367,3 +367,16 @@ def test_a_gpu_that_is_not_there_is_refused(dpo, capsys, monkeypatch):
     monkeypatch.setattr(torch, "zeros", fail)
     assert dpo(device="cuda") == 2
     assert "device cuda: AssertionError: Torch not compiled" in capsys.readouterr().out
+
+
+def test_a_file_of_anything_but_settings_says_what_lines_are_to_be(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("- beta: 0.1\n- lr: 1e-6\n")
+    with pytest.raises(InputError, match="its lines are to be name: value, as in beta: 0.1"):
+        read_config(path)
+
+
+@pytest.mark.parametrize("rank, told", [("0", True), ("16", False), ("[0, 8]", False)])
+def test_an_adapters_settings_without_an_adapter_are_said_to_do_nothing(rank, told, capsys):
+    read_config(CONFIG, [f"lora_r={rank}", "lora_alpha=32"])
+    assert ("lora_alpha does nothing, since lora_r is 0" in capsys.readouterr().out) == told

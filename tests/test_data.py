@@ -928,3 +928,6 @@ def test_a_set_that_is_held_out_whole_says_how_to_train_on_it(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", many(1))
     with pytest.raises(InputError, match="All are held out for evaluation: set eval_pairs=0"):
         load_pairs(data_config(path, eval_pairs=5))
+    path = write_jsonl(tmp_path / "b.jsonl", [record("Q", f"good {n}", "bad") for n in range(5)])
+    with pytest.raises(InputError, match="Set eval_pairs=0, or give other records to evaluate on"):
+        load_pairs(data_config(path, eval_pairs=1))

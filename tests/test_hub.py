@@ -303,6 +303,15 @@ def test_a_damaged_file_of_a_folder_is_named(here, run, tmp_path, file):
     assert "Copy it anew" in printed
 
 
+@pytest.mark.parametrize("content", [b"text", b"GGUF" + bytes(60), b""])
+def test_a_damaged_gguf_file_is_named(run, tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    code, printed = run(model=str(path))
+    assert code == 2
+    assert f"the file {path} is damaged or unreadable" in printed
+
+
 def test_a_folder_without_permission_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "access", lambda *_: False)  # an administrator may read any
     fault = explain(ValueError("Unrecognized model"), str(tmp_path), "model")

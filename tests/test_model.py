@@ -297,3 +297,8 @@ def test_the_real_model_that_a_run_leaves_is_the_trained_one(smollm2):
     assert all(torch.equal(saved[name], weight) for name, weight in smollm2.after.items())
     assert "<|im_start|>" in AutoTokenizer.from_pretrained(smollm2.run / "model").chat_template
     assert transformers.GenerationConfig.from_pretrained(smollm2.run / "model").eos_token_id == 2
+
+
+def test_a_revision_of_a_model_that_is_not_the_hubs_is_said_to_do_nothing(tiny_model, capsys):
+    load_model(Config(model=str(tiny_model), revision="v2"))
+    assert f"revision=v2 does nothing: {tiny_model} is no Hub model" in capsys.readouterr().out

@@ -164,6 +164,9 @@ def test_a_set_is_described_by_what_its_pairs_have_in_common():
         "  of several turns, of which only the last answer is scored: 1",
     ]
     assert "several turns" not in str(dry_run.describe(pairs[:3]))
+    # a run says what it leaves out too
+    lines = report.describe_pairs({"train": pairs}, {"train": {}}, Config())
+    assert "  columns that are filled and not used: lang, source" in lines
 
 
 def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, capsys):

@@ -545,6 +545,28 @@ def test_a_folder_of_mixed_files_or_of_none_is_told(tmp_path, own_cache):
     assert len(data.load_records(command, None, {})) == 1
 
 
+def test_a_folder_of_files_with_different_columns_is_read_as_it_is_told_to_be(tmp_path, own_cache):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", many(3))
+    write_jsonl(folder / "b.jsonl", [{"other": 1}])
+    with pytest.raises(InputError) as error:
+        data.load_records(str(folder), None, {})
+    assert "its files have different columns. Give those that belong" in str(error.value)
+    pattern = re.search("dataset='(.*)'", str(error.value))[1]
+    assert len(data.load_records(f"{pattern}.jsonl", None, {})) == 4
+
+
+def test_a_folder_without_all_of_its_numbered_files_is_refused(tmp_path, own_cache):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train-00000-of-00002.jsonl", many(3))
+    with pytest.raises(InputError, match="of the files train-...-of-00002.jsonl 1 are there"):
+        data.load_records(str(folder), None, {})
+    write_jsonl(folder / "train-00001-of-00002.jsonl", many(2))
+    assert len(data.load_records(str(folder), None, {})) == 5
+
+
 def test_parquet_and_saved_sets_stay_where_they_are(saved, tmp_path):
     import datasets
 
