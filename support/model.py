@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from support.adapters import find_adapter, merge
 from support.errors import InputError
+from support.four_bit import quantize, round_weights_to_4_bits
 from support.processes import WORLD, say
 from support.sources import (
     announce_download,
@@ -122,6 +123,8 @@ def load_reference(config, tokenizer):
             f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
             "of other texts: give a model with the same tokenizer, or null"
         )
+    if config.load_in_4bit:
+        quantize(model)
     model.requires_grad_(config.lora_r == 0)
     return model
 
@@ -169,11 +172,15 @@ def _disable_dropout(model):
 def add_adapter(model, config):
     """Put LoRA matrices (arXiv 2106.09685) beside the model's layers; they alone are trained.
 
+    With load_in_4bit the layers are packed first: the matrices are beside what computes.
+
     raises   InputError where the model has no layer that lora_target_modules names, or it names
              the LM head, which a row that shares a prompt computes by its base weights
     """
     from peft import LoraConfig
 
+    if config.load_in_4bit:
+        quantize(model)
     torch.manual_seed(config.seed)
     # adapter_config.json names what was used, as the config does: not the path it was found at
     model.name_or_path = stand_ins_used.get(config.model, config.model)
@@ -310,6 +317,8 @@ def _merge_adapter(model, state, config, temporary):
 
     model.save_pretrained(temporary, state_dict=state)
     base, _ = load_model(config)
+    if config.load_in_4bit:  # what the adapter was trained on
+        round_weights_to_4_bits(base)
     merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
     merged.to(getattr(torch, config.save_dtype))  # before a tied head becomes two tensors
     return merged, merged.state_dict()
