@@ -359,6 +359,15 @@ def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp
     assert config | told == config
     first = read_metrics(settings["output_dir"], "train")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    (command,) = re.findall(r"config\.yaml (model=runs/danube/model.*)", readme)
+    second = dict(word.split("=", 1) for word in shlex.split(command))
+    own = [{n: text for n, text in r.items() if n != "split"} for r in records(12, 500)]
+    second["dataset"] = write_jsonl(tmp_path / "oasst2.jsonl", own)
+    settings = {name: yaml.safe_load(value) for name, value in second.items()}
+    assert dpo(**settings | {"lr": float(settings["lr"])}) == 0
+    (row,) = read_metrics("runs/danube2", "train")[:1]
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert Path("runs/danube2/model/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("changed", ["nothing", "activation_checkpointing", "load_in_4bit"])
