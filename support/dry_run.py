@@ -13,6 +13,7 @@ from torch.utils.benchmark import Timer
 
 from support.errors import shorten
 from support.four_bit import FourBitLinear
+from support.model import check_reference
 from support.processes import WORLD, say
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
@@ -108,7 +109,10 @@ def estimate(setup, config):
     """Print what a run would take: minutes, measured on its longest row, and memory.
 
     setup   the Setup that the run would train on
+    raises  InputError for a reference_model that the run could not use
     """
+    if config.reference_model:
+        check_reference(config, setup.tokenizer)
     rows = setup.rows
     steps = config.epochs * len(setup.steps["train"])
     trained = 0

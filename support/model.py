@@ -102,13 +102,50 @@ def load_reference(config, tokenizer):
     Its weights will be placed as the policy's, so that of the same model they are the same to the
     last digit.
 
-    raises   InputError, with the first of the tokens whose ids differ
+    raises   InputError, as _check_tokenizer does
     """
     try:
         other = replace(config, model=config.reference_model, revision=None)
         model, its_tokenizer = load_model(other)
     except InputError as error:
         raise InputError(f"reference_model: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config)
+    if config.load_in_4bit:
+        quantize(model)
+    model.requires_grad_(config.lora_r == 0)
+    return model
+
+
+def check_reference(config, tokenizer):
+    """Refuse a reference_model that is not there or has another tokenizer; no weights are read.
+
+    raises   InputError, as load_reference does of these
+    """
+
+    def load(path):
+        options = {"trust_remote_code": config.trust_remote_code}
+        if path.endswith(".gguf"):
+            path, options["gguf_file"] = os.path.split(os.path.abspath(path))
+        adapter = find_adapter(config.reference_model, path, "main")
+        if adapter and not adapter.has_tokenizer:
+            check_reference(replace(config, reference_model=adapter.base), tokenizer)
+            return tokenizer
+        if not adapter:  # a folder of a tokenizer alone is no model
+            transformers.AutoConfig.from_pretrained(path, **options)
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+
+    try:
+        its_tokenizer = open_source(config.reference_model, "model", config.offline, load)
+    except InputError as error:
+        raise InputError(f"reference_model: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config)
+
+
+def _check_tokenizer(its_tokenizer, tokenizer, config):
+    """Refuse a reference_model's tokenizer that is not the policy's.
+
+    raises   InputError, with the first of the tokens whose ids differ
+    """
     ids = tokenizer.get_vocab()
     its_ids = its_tokenizer.get_vocab()
     different = []
@@ -123,10 +160,6 @@ def load_reference(config, tokenizer):
             f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
             "of other texts: give a model with the same tokenizer, or null"
         )
-    if config.load_in_4bit:
-        quantize(model)
-    model.requires_grad_(config.lora_r == 0)
-    return model
 
 
 def _check_weights(found, name):
