@@ -95,7 +95,7 @@ def _packed(layer):
     weight = layer.weight.detach()
     if isinstance(layer, Conv1D):  # GPT-2's, whose weight is (in, out)
         weight = weight.T
-    return FourBitLinear(weight, layer.bias)
+    return FourBitLinear(weight, layer.bias).train(layer.training)
 
 
 def quantize(model):
