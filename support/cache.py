@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 
 from support.files import digest_pairs, read_tensors, write_tensors
+from support.four_bit import packer
 from support.machine import numerics
 from support.processes import say
 
 ROOT = Path(__file__).parent.parent
 # what computes a log-probability: after a change its last digits may be others
-CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py", ROOT / "support" / "attention.py"]
+CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py"]
+CODE += [ROOT / "support" / "attention.py", ROOT / "support" / "four_bit.py"]
 
 
 def read_or_compute(title, folder, depends_on, compute):
@@ -51,6 +53,7 @@ def logps_key(config, setup, splits):
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in CODE],
         "weights": setup.origin["model"],
         "adapter": config.lora_r > 0,
+        "packed by": packer(config),
         "shared prompts": setup.policy.shared,
         "attention": setup.policy.native_attention,
         "pairs": digest_pairs(pairs),

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from support.config import Config, changes_on_resume
 from support.errors import InputError
 from support.files import digest_tensors, read_tensors, write_tensors, write_text
+from support.four_bit import count_weights
 from support.processes import fail_together, gather, is_first, say, shard_like, wait_for_all
 from support.run_log import best_step
 from support.sources import stand_ins_used
@@ -184,7 +185,7 @@ def _check_room(config, model):
         if weight.requires_grad:
             needed += bytes_a_weight * weight.numel()
     if config.lora_r == 0 or config.lora_merge:
-        needed += getattr(torch, config.save_dtype).itemsize * model.num_parameters()
+        needed += getattr(torch, config.save_dtype).itemsize * count_weights(model)
     for path in run.glob("checkpoints/*"):
         needed -= path.stat().st_size
     free = shutil.disk_usage(_existing(run)).free

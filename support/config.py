@@ -86,6 +86,7 @@ class Config:
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target_modules: str = "all-linear"
     lora_merge: bool = False
+    load_in_4bit: bool = False
     dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
     split: str | None = "train_prefs"
     eval_dataset: str | None = None
@@ -228,6 +229,11 @@ def _check(settings):
     if config.keep == "best" and not config.eval_pairs:
         raise InputError(
             "keep=best needs held-out pairs to tell which: eval_pairs=100, or keep=last"
+        )
+    if config.load_in_4bit and not config.lora_r:
+        raise InputError(
+            "load_in_4bit keeps the frozen weights under an adapter in 4 bits, and without one all "
+            "are trained: add lora_r=16, or set load_in_4bit to false"
         )
     if config.label_smoothing and config.loss != "sigmoid":
         raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")

@@ -12,6 +12,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from support.errors import shorten
+from support.four_bit import FourBitLinear
+from support.model import check_reference
 from support.processes import WORLD, say
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
@@ -107,7 +109,10 @@ def estimate(setup, config):
     """Print what a run would take: minutes, measured on its longest row, and memory.
 
     setup   the Setup that the run would train on
+    raises  InputError for a reference_model that the run could not use
     """
+    if config.reference_model:
+        check_reference(config, setup.tokenizer)
     steps = config.epochs * len(setup.steps["train"])
     trained = 0
     for weight in setup.weights.values():
@@ -152,15 +157,25 @@ def _memory(model, trained, tokens, config):
     """Bytes that each process needs to train with rows of at most so many tokens."""
     libraries = 0.8e9
     size = getattr(torch, config.dtype).itemsize
-    frozen = model.num_parameters() - trained
+    frozen = 0
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            frozen += weight.nbytes
     # in float32 each trained weight, its gradient and two moments
     bytes_a_trained = 16
     if size < 4 and WORLD == 1 and not config.lora_r:
         bytes_a_trained += size  # its rounded copy, which computes
-    weights = frozen * size + trained * bytes_a_trained
+    weights = frozen + trained * bytes_a_trained
     # so many hidden states a layer keeps for its backward pass
     kept_a_layer = 1 if config.activation_checkpointing else 30
     shape = model.config.get_text_config()
     hidden_states = tokens * shape.hidden_size * shape.num_hidden_layers
     activations = hidden_states * kept_a_layer * size
-    return libraries + weights / WORLD + activations
+    # not shared out: 4-bit weights, and the largest of them as it computes
+    packed = 0
+    largest = 0
+    for layer in model.modules():
+        if isinstance(layer, FourBitLinear):
+            packed += layer.nbytes()
+            largest = max(largest, layer.out_features * layer.in_features * size)
+    return libraries + weights / WORLD + activations + packed + largest

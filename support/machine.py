@@ -10,6 +10,7 @@ import transformers
 from torch.utils.benchmark import Timer
 
 from support.errors import InputError, first_line
+from support.four_bit import count_weights
 from support.processes import WORLD
 
 resource = import_module("resource") if find_spec("resource") else None  # Windows has none
@@ -43,6 +44,8 @@ def _require_packages(config):
     needed = []
     if config.lora_r:
         needed.append("peft")
+    if config.load_in_4bit:
+        needed.append("bitsandbytes")
     if config.report_to != "none":
         needed.append(config.report_to)
     for package in needed:
@@ -86,7 +89,7 @@ def operations_a_token(model, weights):
     Two a weight in the forward pass, two in the backward pass, and two more if it is trained.
     """
     trained = sum(weight.numel() for weight in weights.values())
-    return 2 * (2 * model.num_parameters() + trained)
+    return 2 * (2 * count_weights(model) + trained)
 
 
 def peak_memory():

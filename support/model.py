@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from support.adapters import find_adapter, merge
 from support.errors import InputError
+from support.four_bit import quantize, round_weights_to_4_bits
 from support.processes import WORLD, say
 from support.sources import (
     announce_download,
@@ -103,13 +104,50 @@ def load_reference(config, tokenizer):
     Its weights will be placed as the policy's, so that of the same model they are the same to the
     last digit.
 
-    raises   InputError, with the first of the tokens whose ids differ
+    raises   InputError, as _check_tokenizer does
     """
     try:
         other = replace(config, model=config.reference_model, revision=None)
         model, its_tokenizer = load_model(other)
     except InputError as error:
         raise InputError(f"reference_model: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config)
+    if config.load_in_4bit:
+        quantize(model)
+    model.requires_grad_(config.lora_r == 0)
+    return model
+
+
+def check_reference(config, tokenizer):
+    """Refuse a reference_model that is not there or has another tokenizer; no weights are read.
+
+    raises   InputError, as load_reference does of these
+    """
+
+    def load(path):
+        options = {"trust_remote_code": config.trust_remote_code}
+        if path.endswith(".gguf"):
+            path, options["gguf_file"] = os.path.split(os.path.abspath(path))
+        adapter = find_adapter(config.reference_model, path, "main")
+        if adapter and not adapter.has_tokenizer:
+            check_reference(replace(config, reference_model=adapter.base), tokenizer)
+            return tokenizer
+        if not adapter:  # a folder of a tokenizer alone is no model
+            transformers.AutoConfig.from_pretrained(path, **options)
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+
+    try:
+        its_tokenizer = open_source(config.reference_model, "model", config.offline, load)
+    except InputError as error:
+        raise InputError(f"reference_model: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config)
+
+
+def _check_tokenizer(its_tokenizer, tokenizer, config):
+    """Refuse a reference_model's tokenizer that is not the policy's.
+
+    raises   InputError, with the first of the tokens whose ids differ
+    """
     ids = tokenizer.get_vocab()
     its_ids = its_tokenizer.get_vocab()
     different = []
@@ -124,8 +162,6 @@ def load_reference(config, tokenizer):
             f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
             "of other texts: give a model with the same tokenizer, or null"
         )
-    model.requires_grad_(config.lora_r == 0)
-    return model
 
 
 def _check_weights(found, name):
@@ -171,11 +207,15 @@ def _disable_dropout(model):
 def add_adapter(model, config):
     """Put LoRA matrices (arXiv 2106.09685) beside the model's layers; they alone are trained.
 
+    With load_in_4bit the layers are packed first: the matrices are beside what computes.
+
     raises   InputError where the model has no layer that lora_target_modules names, or it names
              the LM head, which a row that shares a prompt computes by its base weights
     """
     from peft import LoraConfig
 
+    if config.load_in_4bit:
+        quantize(model)
     torch.manual_seed(config.seed)
     # adapter_config.json names what was used, as the config does: not the path it was found at
     model.name_or_path = stand_ins_used.get(config.model, config.model)
@@ -312,6 +352,8 @@ def _merge_adapter(model, state, config, temporary):
 
     model.save_pretrained(temporary, state_dict=state)
     base, _ = load_model(config)
+    if config.load_in_4bit:  # what the adapter was trained on
+        round_weights_to_4_bits(base)
     merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
     merged.to(getattr(torch, config.save_dtype))  # before a tied head becomes two tensors
     return merged, merged.state_dict()

@@ -216,7 +216,19 @@ def _method(settings):
         against = f", against the reference {settings['reference_model']}"
     return (
         f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
-        f"{settings['dataset']}{against}; the base model's licence holds."
+        f"{settings['dataset']}{against}; the base model's licence holds.{_packed(settings)}"
+    )
+
+
+def _packed(settings):
+    """A sentence on what an adapter stands on, where that is not the base as it is."""
+    if not settings["load_in_4bit"]:
+        return ""
+    if settings["lora_merge"]:
+        return " The base's linear layers were rounded to 4 bits (NF4); merged is what was trained."
+    return (
+        " The adapter was trained on the base with its linear layers in 4 bits (NF4, double "
+        "quantised): load the base so, or its log-probabilities are others."
     )
 
 

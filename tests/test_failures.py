@@ -143,16 +143,23 @@ def test_null_and_a_value_are_swept_to_their_table(dpo, capsys, swept):
 
 
 def test_nothing_at_import_or_in_a_run_is_for_linux_alone(overrides):
-    """The libraries come first: what is hidden and faked afterwards is for this project alone."""
+    """The libraries come first: what is hidden and faked afterwards is for this project alone.
+
+    pathlib would make Windows paths where os.name is nt, which nothing here can open.
+    """
     hidden = (
         "import os, sys, torch, transformers, datasets, pandas, yaml, pydantic, filelock\n"
         "import matplotlib.figure, torch.utils.benchmark, torch.distributed.fsdp\n"
         "import torch.distributed.tensor, multiprocessing.pool\n"
         "from transformers import LlamaForCausalLM, PreTrainedTokenizerFast\n"
         "sys.modules['resource'] = sys.modules['fcntl'] = sys.modules['pwd'] = None\n"
-        "del os.sync, os.getuid, os.fork\n"
+        "del os.sync, os.getuid, os.fork, os.killpg, os.setsid\n"
+        "import pathlib, signal\n"
+        "pathlib.WindowsPath = pathlib.PosixPath\n"
+        "for name in ('SIGKILL', 'SIGHUP', 'SIGALRM', 'SIGUSR1', 'pthread_sigmask'):\n"
+        "    delattr(signal, name)\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "sys.platform = 'win32'\n"
+        "sys.platform, os.name = 'win32', 'nt'\n"
         "import train_dpo\n"
         f"sys.exit(train_dpo.main(['--config', {CONFIG!r}, *sys.argv[1:]]))\n"
     )

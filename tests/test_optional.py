@@ -28,8 +28,9 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from support import machine, processes
+from support import dry_run, machine, processes
 from support.config import read_config
+from support.four_bit import FourBitLinear, count_weights
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
 
@@ -357,12 +358,24 @@ def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp
     assert config | told == config
     first = read_metrics(settings["output_dir"], "train")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    (command,) = re.findall(r"config\.yaml (model=runs/danube/model.*)", readme)
+    second = dict(word.split("=", 1) for word in shlex.split(command))
+    own = [{n: text for n, text in r.items() if n != "split"} for r in records(12, 500)]
+    second["dataset"] = write_jsonl(tmp_path / "oasst2.jsonl", own)
+    settings = {name: yaml.safe_load(value) for name, value in second.items()}
+    assert dpo(**settings | {"lr": float(settings["lr"])}) == 0
+    (row,) = read_metrics("runs/danube2", "train")[:1]
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert Path("runs/danube2/model/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo, checkpointing):
+@pytest.mark.parametrize("changed", ["nothing", "activation_checkpointing", "load_in_4bit"])
+def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo, changed):
     settings = ADAPTER | {"lora_dropout": 0.3, "epochs": 2, "save_every": 2}
-    settings["activation_checkpointing"] = checkpointing
+    if changed != "nothing":
+        settings[changed] = True
+    if changed == "load_in_4bit":
+        pytest.importorskip("bitsandbytes")
     assert dpo(**settings, output_dir="whole") == 0
     steps, step = [], train_dpo.train_step
 
@@ -395,6 +408,7 @@ def test_runs_of_a_sweep_start_from_the_same_adapter(peft, dpo):
     "package, changes",
     [
         ("peft", {"lora_r": 4}),
+        ("bitsandbytes", {"lora_r": 4, "load_in_4bit": True}),
         ("wandb", {"report_to": "wandb"}),
         ("tensorboard", {"report_to": "tensorboard"}),
     ],
@@ -451,3 +465,146 @@ def test_wandb_gets_the_figures_offline(dpo, monkeypatch):
     for row in rows:
         assert json.dumps(row["loss"]).encode() in sent
     assert sent.count(b"train/loss") >= len(read_metrics(split="train")) == 3
+
+
+# Frozen weights in 4 bits
+
+
+@pytest.fixture
+def bits(peft):
+    """The settings of an adapter on 4-bit weights, where bitsandbytes is to be had."""
+    pytest.importorskip("bitsandbytes")
+    return ADAPTER | {"load_in_4bit": True}
+
+
+def unpack(model):
+    """Put plain linear layers with the same dequantised weights in the place of packed ones."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, FourBitLinear):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain.weight = torch.nn.Parameter(layer.weight, requires_grad=False)
+            plain.bias = layer.bias
+            parent, _, place = name.rpartition(".")
+            setattr(model.get_submodule(parent), place, plain)
+
+
+def step_gradients(setup, config):
+    """The adapter's gradients of one row, after the matrices that begin at 0 were filled."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in setup.weights.values():
+        weight.data.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    train_dpo.round_weights(setup.policy, setup.weights)
+    setup.model.train()
+    setup.policy(setup.steps["train"][0][0]).sum().backward()
+    setup.model.eval()
+    return torch.cat([weight.grad.flatten() for weight in setup.weights.values()])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_on_4_bits_are_those_on_the_dequantised_weights(
+    bits, ready, tmp_path, dtype, family
+):
+    bits["model"] = write_model(tmp_path / "base", family)
+    found = step_gradients(*ready(**bits, dtype=dtype))
+    place = train_dpo.place_weights
+
+    def unpacked(policy, config):
+        unpack(policy.model)
+        return place(policy, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "place_weights", unpacked)
+        setup, config = ready(**bits, dtype=dtype)
+    assert not any(isinstance(layer, FourBitLinear) for layer in setup.model.modules())
+    expected = step_gradients(setup, config)
+    assert (found - expected).norm() <= 1e-6 * expected.norm() and expected.norm() > 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_loss_on_4_bits_is_exactly_ln_2(bits, ready, dtype, checkpointing):
+    setup, config = ready(**bits, dtype=dtype, activation_checkpointing=checkpointing)
+    figures = train_all(setup, config)
+    assert figures[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert figures[0]["rewards/margins"] == 0.0 != figures[1]["rewards/margins"]
+
+
+def test_linear_layers_are_in_4_bits_and_embeddings_and_head_are_not(bits, ready, capsys):
+    setup, _ = ready(**bits)
+    packed = {n.split(".")[-2] for n, m in setup.model.named_modules() if type(m) is FourBitLinear}
+    assert packed == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+    frozen = [n for n, w in setup.model.named_parameters() if n not in setup.weights]
+    assert sum("norm" in name for name in frozen) == len(frozen) - 2  # embeddings and LM head
+    weights = sum(m.packed.numel() for m in setup.model.modules() if type(m) is FourBitLinear) * 2
+    base = count_weights(setup.model) - sum(w.numel() for w in setup.weights.values())
+    percent = 100 * weights / base
+    told = f"load_in_4bit: {percent:.1f} % of the weights are in 4 bits (NF4)"
+    assert 40 < percent < 50 and told in capsys.readouterr().out
+    layer = next(m for m in setup.model.modules() if type(m) is FourBitLinear)
+    assert layer.packed.nbytes == layer.in_features * layer.out_features / 2
+
+
+def test_the_reference_on_4_bits_is_another_and_is_cached_apart(bits, ready):
+    cached = ADAPTER | {"reference_cache": "cache"}
+    plain, _ = ready(**cached)
+    setup, _ = ready(**cached | bits)
+    assert not torch.equal(plain.reference["eval"], setup.reference["eval"])
+    assert len(list(Path("cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_model_as_reference_model_is_null_in_4_bits_too(bits, ready, tiny_model, dtype):
+    null, _ = ready(**bits, dtype=dtype)
+    setup, _ = ready(**bits, dtype=dtype, reference_model=tiny_model)
+    for split in ("train", "eval"):
+        assert torch.equal(null.reference[split], setup.reference[split])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_on_4_bits_is_merged_into_the_weights_that_it_was_trained_on(
+    bits, tmp_path, dpo, setups, family
+):
+    bits["model"] = write_model(tmp_path / "base", family)
+    assert dpo(**bits, lora_merge=True, epochs=2) == 0
+    merged = AutoModelForCausalLM.from_pretrained("out/model", dtype=torch.float32)
+    found, expected = held_out_logps(merged, setups[0]), policy_logps(setups[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert "merged is what was trained" in Path("out/model/README.md").read_text()
+
+
+def test_an_adapter_on_4_bits_names_its_base_and_says_how_to_load_it(bits, dpo, tiny_model):
+    assert dpo(**bits) == 0
+    config = json.loads(Path("out/model/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == tiny_model
+    assert not [n for n in load_file("out/model/adapter_model.safetensors") if "lora_" not in n]
+    for file in ("model/README.md", "report.md"):
+        assert "with its linear layers in 4 bits (NF4" in Path("out", file).read_text()
+
+
+def test_a_run_on_4_bits_goes_on_only_on_the_model_it_began_with(bits, dpo, tmp_path, capsys):
+    bits["model"] = write_model(tmp_path / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "finish", lambda *_: None)
+        assert dpo(**bits, save_every=1) == 0
+    write_model(tmp_path / "base", seed=7)
+    assert dpo(**bits, save_every=1) == 2
+    assert "the model changed since this run began" in capsys.readouterr().out
+
+
+def test_4_bits_are_in_the_estimate_of_memory(bits, ready):
+    """A packed weight takes half a byte and its scales in the place of bfloat16's two bytes."""
+    setup, config = ready(**bits, dtype="bfloat16")
+    plain, _ = ready(**ADAPTER, dtype="bfloat16")
+    sizes = [dry_run._memory(s.model, 0, 1, config) for s in (plain, setup)]
+    packed = [m for m in setup.model.modules() if type(m) is FourBitLinear]
+    weights = sum(m.in_features * m.out_features for m in packed)
+    scales = sum(b.nbytes for m in packed for b in m.buffers()) - weights / 2
+    largest = 2 * max(m.in_features * m.out_features for m in packed)
+    assert sizes[0] - sizes[1] == pytest.approx(1.5 * weights - scales - largest)
+    assert count_weights(setup.model) == count_weights(plain.model)
+
+
+def test_4_bits_without_an_adapter_are_wrong_input(dpo, capsys):
+    assert dpo(load_in_4bit=True) == 2
+    assert "add lora_r=16, or set load_in_4bit to false" in capsys.readouterr().out

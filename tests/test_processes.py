@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers import CONFIG, ROOT, read_metrics, weights_bytes
+from helpers import CONFIG, ROOT, read_metrics, weights_bytes, write_model
 
 RUN = {
     "train_pairs": 7,
@@ -23,6 +23,11 @@ RUN = {
     "eval_every": 2,
     "save_every": 1,
     "sample_prompts": 1,
+    "lr": 1e-2,
+    "lr_schedule": "linear",
+    "loss": "ipo",
+    "nll_weight": 0.2,
+    "keep": "best",
 }
 
 
@@ -30,6 +35,7 @@ RUN = {
 def start(overrides, tmp_path_factory):
     """A function that starts a run of so many processes in a folder of its own."""
     folder = tmp_path_factory.mktemp("distributed")
+    reference = write_model(folder / "reference", seed=5, num_hidden_layers=1)
 
     def started(name, processes, **changes):
         launcher = [sys.executable]
@@ -41,9 +47,15 @@ def start(overrides, tmp_path_factory):
                 "--rdzv-backend=c10d",
                 "--rdzv-endpoint=localhost:0",
             ]
-        settings = overrides(**RUN | changes | {"output_dir": str(folder / name)})
+        settings = RUN | {"reference_model": reference, "output_dir": str(folder / name)} | changes
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        command = [*launcher, str(ROOT / "train_dpo.py"), "--config", CONFIG, *settings]
+        command = [
+            *launcher,
+            str(ROOT / "train_dpo.py"),
+            "--config",
+            CONFIG,
+            *overrides(**settings),
+        ]
         return folder / name, subprocess.Popen(
             command,
             env=environment,
@@ -107,7 +119,7 @@ def assert_same_run(folder, other, tolerance=1e-5):
     """Every step and evaluation once in both, with the same losses."""
     steps = [[(row["step"], row["split"]) for row in read_metrics(f)] for f in (folder, other)]
     assert steps[0] == steps[1] and len(set(steps[0])) == len(steps[0]) == 8 + 5
-    assert losses(folder) == pytest.approx(losses(other), abs=tolerance)
+    assert losses(folder) == pytest.approx(losses(other), rel=tolerance)
 
 
 def test_two_processes_give_the_losses_and_the_model_of_one(one, two):
@@ -116,6 +128,8 @@ def test_two_processes_give_the_losses_and_the_model_of_one(one, two):
     assert whole.keys() == gathered.keys()
     assert max((weight - gathered[n]).abs().max() for n, weight in whole.items()) < 1e-4
     assert AutoModelForCausalLM.from_pretrained(two[0] / "model").config.dtype == torch.float32
+    for _, printed in (one, two):
+        assert "keep=best: the weights after step 2 are saved" in printed
     names = [{path.name for path in folder.iterdir()} for folder, _ in (one, two)]
     assert names[0] == names[1]
 
@@ -192,6 +206,11 @@ def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
         "max_length": 512,
         "save_every": 0,
         "sample_prompts": 0,
+        "reference_model": None,
+        "loss": "sigmoid",
+        "nll_weight": 0.0,
+        "lr_schedule": "cosine",
+        "keep": "last",
     }
     one, two = (losses(finish(f"real{n}", n, **changes)[0]) for n in (1, 2))
     print(json.dumps([one, two]))

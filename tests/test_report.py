@@ -80,15 +80,15 @@ def test_the_report_shows_before_and_after_and_what_was_set(finished):
 
 def test_the_share_of_pairs_that_the_reference_prefers_is_told_by_sum_and_by_average():
     logps = torch.tensor([[-4.0, -6.0], [-8.0, -6.0], [-8.0, -6.0], [-5.0, -5.0]])
-    lengths = torch.tensor([[2, 4], [8, 3], [4, 3], [5, 5]])
+    lengths = torch.tensor([[2, 4], [8, 3], [4, 3], [5, 1]])
     reference = {"train": logps, "eval": logps[:0]}
     assert describe_preference(reference, {"train": lengths, "eval": lengths[:0]}) == [
         "the reference's log-probability is higher for the chosen answer: 25.0 % of train pairs",
-        "  its average a token is higher: 25.0 % of train pairs",
+        "  its average a token is higher: 50.0 % of train pairs",
     ]
     reference["eval"] = logps[:2]
     _, average = describe_preference(reference, {"train": lengths, "eval": lengths[:2]})
-    assert average == "  its average a token is higher: 25.0 % of train pairs, 50.0 % of eval pairs"
+    assert average == "  its average a token is higher: 50.0 % of train pairs, 50.0 % of eval pairs"
 
 
 def test_what_the_reference_prefers_stands_in_the_log_and_the_report(finished):

@@ -687,20 +687,23 @@ def test_the_other_model_is_freed_before_training(ready, other_model, monkeypatc
     assert loaded[0]() is None and setup.weights
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=str)
 def test_another_reference_of_other_tokens_is_refused_with_the_first_of_them(
-    dpo, other_model, tmp_path, capsys
+    dpo, other_model, tmp_path, capsys, flags
 ):
+    if flags:
+        assert dpo(*flags, reference_model=other_model) == 0
     tokenizer = AutoTokenizer.from_pretrained(other_model)
     shutil.copytree(other_model, tmp_path / "more")
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(tmp_path / "more")
-    assert dpo(reference_model="more") == 2
+    assert dpo(*flags, reference_model="more") == 2
     shown = capsys.readouterr().out
     assert "Error: reference_model more: its tokenizer is not that of model" in shown
     assert (
         f"1 tokens differ, such as '<extra>', id {len(tokenizer) - 1} there and None here" in shown
     )
-    assert dpo(reference_model="./nowhere") == 2
+    assert dpo(*flags, reference_model="./nowhere") == 2
     assert (
         "Error: reference_model: model ./nowhere: no such file or folder" in capsys.readouterr().out
     )
