@@ -16,5 +16,5 @@ template    a chat template against generation    cache       tensors that runs 
 machine     device and dtype, speed, memory       processes   torchrun's ranks, signals, printing
 checks      what is asked of model and pairs      columns     names of columns of a set's own
 files       files written whole or not at all     errors      InputError
-four_bit    frozen weights in 4 bits
+four_bit    frozen weights in 4 bits              labels      which answer a label means
 """

@@ -10,6 +10,8 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from support.errors import InputError, first_line
 
+ON_FOUR_BITS = "trained_on_4_bits.json"  # beside an adapter that was
+
 
 @dataclass
 class Adapter:
@@ -20,6 +22,7 @@ class Adapter:
     base_revision: str | None
     folder: Path
     has_tokenizer: bool
+    on_four_bits: bool  # whether it was trained on its base in 4 bits
 
 
 def find_adapter(name, path, revision):
@@ -51,6 +54,7 @@ def find_adapter(name, path, revision):
         base_revision=settings.get("revision"),
         folder=Path(file).parent,
         has_tokenizer=_file(path, "tokenizer_config.json", revision) is not None,
+        on_four_bits=_file(path, ON_FOUR_BITS, revision) is not None,
     )
 
 

@@ -11,7 +11,7 @@ from support.processes import say
 
 ROOT = Path(__file__).parent.parent
 # what computes a log-probability: after a change its last digits may be others
-CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py"]
+CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py", ROOT / "data.py"]
 CODE += [ROOT / "support" / "attention.py", ROOT / "support" / "four_bit.py"]
 
 

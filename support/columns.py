@@ -4,6 +4,7 @@ import difflib
 import itertools
 
 from support.errors import InputError
+from support.labels import as_label
 from support.turns import is_filled
 
 PAIR = ("chosen", "rejected")
@@ -49,7 +50,9 @@ def check_places(columns):
 def _check_all_differ(columns):
     for one, other in itertools.combinations(columns, 2):
         of_a_kind = (one in LABEL_VALUES) == (other in LABEL_VALUES)
-        if of_a_kind and columns[one] is not None and columns[one] == columns[other]:
+        form = as_label if one in LABEL_VALUES else str
+        same = columns[one] is not None and form(columns[one]) == form(columns[other])
+        if of_a_kind and same:
             raise InputError(f"columns: {one} and {other} are both {columns[one]!r}: change one")
 
 

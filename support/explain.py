@@ -17,7 +17,15 @@ from safetensors import SafetensorError, safe_open
 
 from support.errors import first_line
 
-UNREADABLE = (SafetensorError, ValueError, IndexError, RecursionError, OSError, struct.error)
+UNREADABLE = (
+    SafetensorError,
+    ValueError,
+    IndexError,
+    KeyError,
+    RecursionError,
+    OSError,
+    struct.error,
+)
 CONVERT = """\
 import sys, transformers
 name, folder = sys.argv[1:]
@@ -82,7 +90,8 @@ def _configurations(errors, name):
 
 def _different_columns(errors, name):
     """Of a folder of files that `datasets` cannot join: how they are read one by one."""
-    if not any(type(error).__name__ == "CastError" for error in errors):
+    differ = any(type(error).__name__ == "CastError" for error in errors)
+    if not (differ and os.path.isdir(name)):
         return None
     return (
         f"its files have different columns. Give those that belong together: dataset='{name}/*' "

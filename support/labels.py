@@ -9,6 +9,11 @@ TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "equal", "sam
 OTHER_COUNT = {"1": "0", "0": "2"}  # a label that does not go with answers numbered from so much
 
 
+def as_label(value):
+    """A label, or a value that the setting `columns` gives for one, as text to compare."""
+    return str(value).strip().lower().removesuffix(".0")
+
+
 def by_label(fields, columns, first_means, second_means):
     """Answers of two columns in the order that a label gives.
 
@@ -22,7 +27,7 @@ def by_label(fields, columns, first_means, second_means):
     """
     first, second, label = columns
     value = fields.take(label)
-    said = str(value).strip().lower().removesuffix(".0")
+    said = as_label(value)
     drop_if(said in TIES, f"tie: {label} prefers neither answer")
     if said in first_means:
         return fields.answers(first, second)
@@ -34,8 +39,9 @@ def by_label(fields, columns, first_means, second_means):
     if names[0].lower() in first_means and said == OTHER_COUNT.get(last_letter):
         a, b, winner = names
         raise InputError(
-            f"{winner} is {said} in a record with {a} and {b}, so 1 may mean either. Say which, as "
-            f"in columns={{prompt: ..., a: {a}, b: {b}, winner: {winner}, a_if: 0, b_if: 1}}"
+            f"{winner} is {said} in a record with {a} and {b}, so 1 may mean either. Say which: "
+            f"columns={{prompt: ..., a: {a}, b: {b}, winner: {winner}, a_if: 0, b_if: 1}} where "
+            f"labels count from 0; a_if: 1, b_if: 2 where they count from 1 and {said} is a tie"
         )
     raise Drop(
         f"{names[2]} is {value!r:.40}, which names neither answer: see columns in config.yaml"

@@ -1,6 +1,7 @@
 """The model around the method: loading, adapters, float32 weights behind the rounded, saving."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import transformers
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from support.adapters import find_adapter, merge
+from support.adapters import ON_FOUR_BITS, find_adapter, merge
 from support.errors import InputError
 from support.four_bit import quantize, round_weights_to_4_bits
 from support.processes import WORLD, say
@@ -92,6 +93,12 @@ def _load_merged(adapter, config):
             f"model {adapter.name} is an adapter on {adapter.base} (base_model_name_or_path in its "
             f"adapter_config.json), which is not to be had: {error}"
         ) from error
+    if adapter.on_four_bits:
+        if not find_spec("bitsandbytes"):
+            needed = "which needs bitsandbytes: pip install bitsandbytes"
+            raise InputError(f"model {adapter.name} was trained on weights in 4 bits, {needed}")
+        round_weights_to_4_bits(base)
+        say(f"The linear layers of {adapter.base} are rounded to 4 bits, as the adapter knew them")
     model = merge(base, adapter)
     bases_used[adapter.name] = adapter.base
     say(f"Model {adapter.name} is an adapter: merged into {adapter.base}")
@@ -130,8 +137,7 @@ def check_reference(config, tokenizer):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
         adapter = find_adapter(config.reference_model, path, "main")
         if adapter and not adapter.has_tokenizer:
-            check_reference(replace(config, reference_model=adapter.base), tokenizer)
-            return tokenizer
+            return open_source(adapter.base, "model", config.offline, load)
         if not adapter:  # a folder of a tokenizer alone is no model
             transformers.AutoConfig.from_pretrained(path, **options)
         return transformers.AutoTokenizer.from_pretrained(path, **options)
@@ -340,6 +346,9 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
         model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
         model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    if config.load_in_4bit and not config.lora_merge:
+        settings = {"quant_type": "nf4", "double_quant": True}
+        (temporary / ON_FOUR_BITS).write_text(json.dumps(settings), encoding="utf-8")
     (temporary / "README.md").write_text(card, encoding="utf-8")
     if hasattr(os, "sync"):  # Windows has none
         os.sync()

@@ -7,6 +7,7 @@ grow with the set; JSON, CSV and compressed files are read as a whole.
 import csv
 import io
 import json
+import os
 import re
 from array import array
 from collections import Counter
@@ -143,8 +144,9 @@ def _check_all_shards(folder):
     """Refuse a folder from which some of the files train-00000-of-00002.parquet are absent."""
     found = Counter()
     for file in Path(folder).rglob("*-of-*"):
-        shard = re.search(r"(.*-)\d{5}(-of-(\d{5})\..*)", str(file.relative_to(folder)))
-        if shard:
+        path = file.relative_to(folder)
+        shard = re.search(r"(.*-)\d{5}(-of-(\d{5})\..*)", str(path))
+        if shard and is_data_file(path) and not str(path).startswith("."):
             found[shard[1], shard[2], int(shard[3])] += 1
     for (before, after, wanted), number in found.items():
         if number < wanted:
@@ -241,24 +243,38 @@ class JsonLines(Sequence):
     def __init__(self, file, path):
         _check_encoding(file, path)
         _, compression = _kind(path)
-        # kept open, so that a file put in its place meanwhile is not read with these starts
-        self.file = io.BufferedReader(io.FileIO(path))
-        if compression:
-            self.file = io.BytesIO(file.read())
+        self.path = path
+        self.content = file.read() if compression else None
+        self.state = os.stat(path)
         self.starts = array("q")  # where each record's line begins
         start = 0
-        for number, line in enumerate(self.file, 1):
-            if line.strip():
-                _check_line(line, number, path)
-                self.starts.append(start)
-            start += len(line)
+        with self._open() as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    _check_line(line, number, path)
+                    self.starts.append(start)
+                start += len(line)
+
+    def _open(self):
+        """The lines; not of a file that was changed since it was checked."""
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        now = os.stat(self.path)
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+            self.state.st_ino,
+            self.state.st_size,
+            self.state.st_mtime_ns,
+        ):
+            raise InputError(f"{self.path} was changed while it was read: start again")
+        return open(self.path, "rb")
 
     def __len__(self):
         return len(self.starts)
 
     def __getitem__(self, index):
-        self.file.seek(self.starts[index])
-        return _parse(self.file.readline())
+        with self._open() as lines:
+            lines.seek(self.starts[index])
+            return _parse(lines.readline())
 
 
 def _check_line(line, number, path):

@@ -4,13 +4,14 @@ A shape finds the two answers and which of them is chosen; the prompt is found a
 name goes into one of the tuples, a new structure into a function that SHAPES, at the end, lists.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
 from support.columns import EXAMPLES, LABEL_VALUES, under_known_names
-from support.labels import by_label, names_of
+from support.labels import as_label, by_label, names_of
 from support.turns import (
     Drop,
     as_tools,
@@ -19,7 +20,6 @@ from support.turns import (
     first_of,
     is_filled,
     parsed,
-    split_dialogue,
     texts_in,
 )
 
@@ -273,15 +273,22 @@ def _drop_if_half_read(fields, understood, turns):
         value = fields.record.get(column)
         if column == "tools" or column in understood or not is_filled(value):
             continue
-        for text in texts_in(value):
-            for said in split_dialogue(text)[::2]:
-                said = said.strip()
-                is_said = said in contents or (len(said) >= 20 and said in "\n".join(contents))
-                drop_if(
-                    said and not is_said,
-                    f"{column} is filled and would change the prompt, but is not understood: "
-                    f"columns={{{column}: null}} leaves it out",
-                )
+        for text in _texts_of(column, value):
+            text = text.strip()
+            is_said = text in contents or (len(text) >= 20 and text in "\n".join(contents))
+            drop_if(
+                text and not is_said,
+                f"{column} is filled and would change the prompt, but is not understood: "
+                f"columns={{{column}: null}} leaves it out",
+            )
+
+
+def _texts_of(column, value):
+    """What a column of a prompt says: of a question's turns the contents, else all texts."""
+    if column in QUESTIONS:
+        with contextlib.suppress(Drop):  # what cannot be read as turns is compared as it is
+            return [turn["content"] for turn in as_turns(parsed(value), column, "user")]
+    return texts_in(value)
 
 
 def _both_begin_with(prompt, chosen, rejected):
@@ -323,7 +330,8 @@ def chosen_and_rejected(fields):
         if not fields.has(chosen, rejected):
             continue
         cells = (fields.record[chosen], fields.record[rejected])
-        names_columns = all(isinstance(cell, str) and cell in fields.record for cell in cells)
+        others = fields.record.keys() - {chosen, rejected, *PROMPTS}
+        names_columns = all(isinstance(cell, str) and cell in others for cell in cells)
         drop_if(names_columns, f"{chosen} and {rejected} are names of columns, not answers")
         return fields.answers(chosen, rejected, _scores(fields))
     return None
@@ -472,7 +480,7 @@ def labelled_by_columns(fields):
         return None
     columns = fields.columns
     if is_filled(columns.get("a_if")):
-        means = [{str(columns[value]).strip().lower()} for value in LABEL_VALUES]
+        means = [{as_label(columns[value])} for value in LABEL_VALUES]
     else:
         means = names_of(fields.name("a"), fields.name("b"))
     return by_label(fields, ("a", "b", "winner"), *means)

@@ -183,7 +183,8 @@ def _turn(turn, column):
     drop_if(speaker not in ROLES, f"{column} has a turn of the unknown role {speaker!r:.40}")
     for name in REASONING:
         fault = f"{column} has {name} beside a turn's text, which is not read: leave it out there"
-        drop_if(is_filled(turn.get(name)), f"{fault}, or write it into the text")
+        is_told = isinstance(turn.get(name), str | list | dict) and is_filled(turn[name])
+        drop_if(is_told, f"{fault}, or write it into the text")
     calls = turn.get("tool_calls")
     if speaker == "function_call":
         calls, content = content, None

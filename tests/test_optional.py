@@ -29,8 +29,9 @@ from helpers import (
     write_model,
 )
 from support import dry_run, machine, processes
-from support.config import read_config
+from support.config import Config, read_config
 from support.four_bit import FourBitLinear, count_weights
+from support.model import load_model
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
 
@@ -571,6 +572,14 @@ def test_an_adapter_on_4_bits_is_merged_into_the_weights_that_it_was_trained_on(
     found, expected = held_out_logps(merged, setups[0]), policy_logps(setups[0])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert "merged is what was trained" in Path("out/model/README.md").read_text()
+
+
+def test_going_on_from_an_adapter_on_4_bits_is_from_what_was_trained(bits, dpo, setups, capsys):
+    assert dpo(**bits, epochs=2) == 0
+    model, _ = load_model(Config(model="out/model"))
+    assert "rounded to 4 bits, as the adapter knew them" in capsys.readouterr().out
+    found, expected = held_out_logps(model, setups[0]), policy_logps(setups[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_on_4_bits_names_its_base_and_says_how_to_load_it(bits, dpo, tiny_model):

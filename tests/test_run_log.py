@@ -9,7 +9,6 @@ import struct
 import sys
 import termios
 from pathlib import Path
-from types import SimpleNamespace
 
 from helpers import figures_of
 from support import run_log
@@ -22,7 +21,7 @@ def shown_at(columns, monkeypatch):
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     monkeypatch.setattr(sys, "stderr", os.fdopen(end, "w"))
     figures = figures_of(0.5625, math.log(2), -0.00012345) | {"tokens": 123456}
-    steps = [[SimpleNamespace(pairs=[0, 1])]] * 30000
+    steps = [[[0, 1]]] * 30000
     with run_log.RunLog(Path(), Config(), steps, 0, 0.0, 1.234567e-7) as log:
         log.log_step(1, figures, 100.0)
         log.bar.refresh()

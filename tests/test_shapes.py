@@ -525,6 +525,20 @@ def test_a_prompt_beside_dialogues_that_do_not_say_it_is_not_thrown_away(prompt)
     assert reason({"prompt": prompt, **WHOLE}) == HALF.format("prompt")
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [user([{"type": "text", "text": Q}])],
+        [user(Q) | {"turn": 1, "timestamp": "2026"}],
+        [human(Q)],
+        json.dumps([user(Q)]),
+        f"Human: {Q}\n\nAssistant:",
+    ],
+)
+def test_a_prompt_beside_dialogues_that_say_it_in_another_form_is_no_fault(prompt):
+    assert pair({"prompt": prompt, **WHOLE})[0] == [user(Q)]
+
+
 def test_a_second_system_message_is_not_lost():
     whole = {name: [system("S"), *turns] for name, turns in WHOLE.items()}
     assert pair(whole | {"system": "S"})[0] == [system("S"), user(Q)]
@@ -586,7 +600,9 @@ def test_roles_of_other_sets_are_read_and_unknown_ones_dropped():
 def test_reasoning_beside_an_answers_text_is_not_left_out_without_a_word(name):
     thought = [assistant(GOOD) | {name: "It is a fruit."}]
     assert reason(record(Q, thought, BAD)).startswith(f"chosen has {name} beside a turn's text")
-    assert pair(record(Q, [assistant(GOOD) | {name: ""}], BAD)) == ([user(Q)], GOOD, BAD)
+    for nothing in ("", None, False):
+        made = record(Q, [assistant(GOOD) | {name: nothing}], BAD)
+        assert pair(made) == ([user(Q)], GOOD, BAD)
 
 
 def test_names_of_columns_are_not_taken_for_answers():
@@ -708,7 +724,7 @@ def test_labels_that_count_from_0_beside_columns_that_count_from_1_are_not_guess
     for columns in (None, places):
         if columns:
             columns["winner"] = "preference"
-        with pytest.raises(InputError, match="so 1 may mean either. Say which, .* a_if: 0"):
+        with pytest.raises(InputError, match="so 1 may mean either. Say which: .* a_if: 0"):
             read_preference(ALPACA | {"preference": value}, columns)
     told = columns | {"a_if": 0, "b_if": 1}
     assert read_preference(ALPACA | {"preference": value}, told).chosen == ALPACA["output_1"]
@@ -856,6 +872,7 @@ LABEL = {"a": "left", "b": "right", "winner": "pick"}
         ({"chosen": "x", "rejected": "x"}, "chosen and rejected are both 'x': change one"),
         ({**LABEL, "b": "x", "a": "x"}, "a and b are both 'x': change one"),
         ({**LABEL, "a_if": 1, "b_if": 1}, "a_if and b_if are both 1: change one"),
+        ({**LABEL, "a_if": "A", "b_if": "a"}, "a_if and b_if are both 'A': change one"),
         ({"answer": "good"}, "no place 'answer'.*Places are prompt, input, system"),
         ({"promt": "ask"}, "no place 'promt', did you mean prompt?"),
         ({"ask": "prompt"}, "no place 'ask', did you mean prompt: ask?"),

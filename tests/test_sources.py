@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -564,6 +565,9 @@ def test_a_folder_without_all_of_its_numbered_files_is_refused(tmp_path, own_cac
     with pytest.raises(InputError, match="of the files train-...-of-00002.jsonl 1 are there"):
         data.load_records(str(folder), None, {})
     write_jsonl(folder / "train-00001-of-00002.jsonl", many(2))
+    hidden = folder / ".cache"
+    hidden.mkdir()
+    write_jsonl(hidden / "test-00000-of-00002.jsonl", many(2))
     assert len(data.load_records(str(folder), None, {})) == 5
 
 
@@ -647,10 +651,12 @@ def test_records_of_json_lines_are_parsed_where_they_are_used_and_not_kept(tmp_p
     assert [records[number]["prompt"].split()[0] for number in (1999, 0, 7)] == ["1999", "0", "7"]
 
 
-def test_a_file_replaced_while_its_records_are_used_gives_those_it_was_checked_with(tmp_path):
+@pytest.mark.parametrize("replace", [os.replace, shutil.copyfile])
+def test_a_file_that_changes_while_its_records_are_used_is_told(tmp_path, replace):
     path = tmp_path / "a.jsonl"
     write_jsonl(path, [record("before")])
     records = sources.read_records(str(path))
     write_jsonl(tmp_path / "b.jsonl", [record("after")])
-    os.replace(tmp_path / "b.jsonl", path)
-    assert records[0]["prompt"] == "before"
+    replace(tmp_path / "b.jsonl", path)
+    with pytest.raises(InputError, match="a.jsonl was changed while it was read: start again"):
+        records[0]
