@@ -496,7 +496,7 @@ def step_gradients(setup, config):
         weight.data.add_(0.05 * torch.randn(weight.shape, generator=generator))
     train_dpo.round_weights(setup.policy, setup.weights)
     setup.model.train()
-    setup.policy(setup.steps["train"][0][0]).sum().backward()
+    setup.policy(setup.make_row("train", setup.rows["train"][0])).sum().backward()
     setup.model.eval()
     return torch.cat([weight.grad.flatten() for weight in setup.weights.values()])
 
