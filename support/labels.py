@@ -6,7 +6,7 @@ from support.errors import InputError
 from support.turns import Drop, drop_if
 
 TIES = ("tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "equal", "same", "draw")
-OTHER_COUNT = {"1": "0", "0": "2"}  # a label that does not go with answers numbered from so much
+FOREIGN = {"1": "0", "0": "2"}  # a label that answers numbered from so much on do not have
 
 
 def as_label(value):
@@ -34,14 +34,14 @@ def by_label(fields, columns, first_means, second_means):
     if said in second_means:
         return fields.answers(second, first)
     names = [fields.name(column) for column in columns]
-    last_letter = names[0][-1]
+    first_number = names[0][-1]
     # of output_1 and output_2 a label of 1 is the first answer, unless labels are 0 and 1
-    if names[0].lower() in first_means and said == OTHER_COUNT.get(last_letter):
+    if names[0].lower() in first_means and said == FOREIGN.get(first_number):
         a, b, winner = names
         raise InputError(
             f"{winner} is {said} in a record with {a} and {b}, so 1 may mean either. Say which: "
             f"columns={{prompt: ..., a: {a}, b: {b}, winner: {winner}, a_if: 0, b_if: 1}} where "
-            f"labels count from 0; a_if: 1, b_if: 2 where they count from 1 and {said} is a tie"
+            "labels count from 0; a_if: 1, b_if: 2 where they count from 1. Others are dropped"
         )
     raise Drop(
         f"{names[2]} is {value!r:.40}, which names neither answer: see columns in config.yaml"
