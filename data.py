@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 
 from support.columns import check_columns
 from support.errors import InputError, first_line, shorten
-from support.processes import say
+from support.processes import WORLD, say
 from support.shapes import accepted_columns, read_preference
 from support.sources import MissingSplit, Sets, open_source, read_records, split_names
 from support.template import compare_template, left_out_of
@@ -43,6 +43,7 @@ class Pair:
     shape: str = ""  # what its record was recognised as
     unused: tuple[str, ...] = ()  # the record's columns that are filled and were not used
     repeated: bool = False  # whether both answers began with the prompt, which was taken out
+    record: dict | None = None  # the record itself, where a reward is to see it
 
     @property
     def tokens(self):
@@ -84,6 +85,7 @@ def load_pairs(config, tokenizer, look=None):
     """
     limits = (config.max_length, config.max_prompt_length)
     encoder = PairEncoder(tokenizer, *limits, config.keep_ties, config.columns)
+    encoder.keep_records = config.reward is not None
     drops = {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
     check_columns(config.columns or {}, records)
@@ -254,6 +256,7 @@ class PairEncoder:
     max_prompt_length  tokens of the prompt, at most
     keep_ties          whether pairs of equal score are kept
     columns            the setting of that name, {place: column}, or None
+    keep_records       (attribute) whether a Pair holds its record
     end_of_turn        (attribute) id of the token that ends an answer
     raises             InputError if the tokenizer has no token that could end an answer, or a
                        chat template that fails on a plain question and answer
@@ -266,6 +269,7 @@ class PairEncoder:
         self.max_length = max_length
         self.keep_ties = keep_ties
         self.columns = columns
+        self.keep_records = False
         control = {}
         for token_id, token in tokenizer.added_tokens_decoder.items():
             if token.special:
@@ -355,6 +359,7 @@ class PairEncoder:
             shape=preference.shape,
             unused=preference.unused,
             repeated=preference.repeated,
+            record=record if self.keep_records else None,
         )
 
     def _check(self, preference):
@@ -370,6 +375,22 @@ class PairEncoder:
         drop_if(tie and not self.keep_ties, "tie in score")
         for text in texts:
             drop_if(re.search("[\ud800-\udfff]", text), "malformed: not Unicode text")
+
+
+def lay_out(pairs, config):
+    """The rows of each step, by split; a row has room for batch_size of the longest pairs."""
+    longest = 0
+    for part in pairs.values():
+        longest = max(longest, *(pair.tokens for pair in part), 0)
+    steps = {}
+    for split, part in pairs.items():
+        steps[split] = group_into_steps(
+            part,
+            pairs_per_step=config.batch_size * config.gradient_accumulation_steps,
+            row_tokens=config.batch_size * longest,
+            least=WORLD,
+        )
+    return steps
 
 
 def group_into_steps(pairs, pairs_per_step, row_tokens, least=1):
@@ -403,6 +424,16 @@ def _fill_rows(pairs, indices, row_tokens, least):
         rows[emptiest].append(index)
         tokens[emptiest] += pairs[index].tokens
     return rows
+
+
+def order_steps(steps, config):
+    """The steps of all epochs: first in the pairs' order, then with shuffle in another each."""
+    order = []
+    for epoch in range(config.epochs):
+        shuffle = config.shuffle and epoch > 0
+        for index in visiting_order(len(steps), shuffle, config.seed + epoch):
+            order.append(steps[index])
+    return order
 
 
 def make_row(pairs, indices, device="cpu"):

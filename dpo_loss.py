@@ -1,6 +1,6 @@
 """Direct Preference Optimization as pure functions of tensors (Rafailov et al., arXiv 2305.18290).
 
-hidden states -> token_logps -> sequence_logps -> score (dpo_loss, pair_metrics) -> summarize
+hidden states -> token_logps -> sequence_logps -> score (dpo_loss, pair_metrics)
 
 Where each equation of the paper is:
     log pi(y|x), the sum over the answer's tokens      sequence_logps
@@ -12,14 +12,11 @@ Where each equation of the paper is:
 Of packages it imports torch alone.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 LOGITS_AT_ONCE = 2**25  # a chunk of logits holds this many numbers, whatever the vocabulary
 BYTES_KEPT = 2**27  # of probabilities, for the backward pass, which computes the others again
-NORMAL_QUANTILE = 1.959964  # of 97.5 %
 
 
 def token_logps(hidden, weight, targets):
@@ -220,64 +217,3 @@ def score(logps, reference, lengths, config):
     metrics = pair_metrics(losses, *rewards, *logps.unbind(1))
     metrics["nll/chosen"] = chosen_nll.detach()
     return losses, metrics
-
-
-def summarize(metrics, before=None):
-    """Means of the pairs' figures; with those before training also how many pairs, and intervals.
-
-    name/ci95 is half a 95 % interval's width: mean_half_width's, of accuracies share_half_width's.
-    It is also that of the paired change since the start of what was then the same for all pairs
-    (margin 0, accuracy one half, where policy and reference were one). Of what was not,
-    name/change_ci95 is half the width of the paired change's.
-
-    metrics, before  dict of (n,) vectors, from score
-    returns          dict of float; a ci95 of a single pair's mean is nan
-    """
-    table = torch.stack(list(metrics.values()), dim=1).cpu().double()
-    figures = dict(zip(metrics, table.mean(0).tolist(), strict=True))
-    if before is not None:
-        figures["pairs"] = len(table)
-        for name, values in zip(metrics, table.unbind(1), strict=True):
-            half_width = share_half_width if name == "rewards/accuracies" else mean_half_width
-            figures[f"{name}/ci95"] = half_width(values)
-            earlier = before[name].cpu().double()
-            if not (earlier == earlier[0]).all():
-                figures[f"{name}/change_ci95"] = mean_half_width(values - earlier)
-    return figures
-
-
-def mean_half_width(values):
-    """Half the 95 % interval of a mean by Student's t, whose quantile is larger for few values.
-
-    The quantile is D. L. Wallace's normal approximation (Annals of Mathematical Statistics 30,
-    1959, p. 1121), solved for t: 4 % too large for 3 values, 0.01 % for 20.
-
-    values   (n,) float
-    returns  float; nan for a single value
-    """
-    if len(values) == 1:
-        return math.nan
-    freedom = len(values) - 1
-    z = NORMAL_QUANTILE * (8 * freedom + 3) / (8 * freedom + 1)
-    t = math.sqrt(freedom * math.expm1(z**2 / freedom))
-    return t * values.std().item() / math.sqrt(len(values))
-
-
-def share_half_width(wins):
-    """The larger half of E. B. Wilson's 95 % score interval of a share.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22, 1927.
-    The interval is not of width 0 where all pairs are won. Its larger half is the one towards one
-    half, the share before training, with which an evaluation is compared.
-
-    wins     (n,) float: 1, 0, or one half for a tie, which only makes the interval too wide
-    returns  float; 0 where all are ties, as before training: one half by definition, not by chance
-    """
-    if (wins == 0.5).all():
-        return 0.0
-    share = wins.mean().item()
-    z2_per_pair = NORMAL_QUANTILE**2 / len(wins)
-    center = (share + z2_per_pair / 2) / (1 + z2_per_pair)
-    variance = share * (1 - share) + z2_per_pair / 4
-    half_width = math.sqrt(z2_per_pair * variance) / (1 + z2_per_pair)
-    return abs(share - center) + half_width

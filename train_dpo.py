@@ -13,14 +13,14 @@ The method first, then what it needs:
     train_step    rows of pairs -> log-probabilities -> DPO loss -> gradients -> AdamW
     AnswerLogps   the model's pass over a row, its prompts shared by both answers
     prepare       model, pairs, rows, and the reference's log-probabilities of each pair
-    finish        report.md, curves.png, model/
+    run_rounds    iterative DPO: sample answers, score them, train on better against worse, again
+    finish        report.md, curves.png, model/ (support/report.py)
 
 The top level is what you read to understand or change DPO; support/ keeps a run safe and reports
 it.
 """
 
 import itertools
-import json
 import math
 import shutil
 import sys
@@ -30,17 +30,19 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
 from torch import nn
 
 import data
-from dpo_loss import score, sequence_logps, summarize, token_logps
-from support import dry_run, processes, report, sweep
+from dpo_loss import score, sequence_logps, token_logps
+from support import dry_run, processes, report, rounds, samples, sweep
 from support.attention import SHARED_PROMPT
 from support.cache import logps_key, read_or_compute
 from support.checkpoint import (
+    PAIRS,
     check_room,
     claim,
     is_finished,
@@ -54,18 +56,18 @@ from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
 from support.files import digest_pairs, digest_tensors
+from support.intervals import summarize
 from support.machine import matmul_peak, operations_a_token, resolve_machine
 from support.model import (
     add_adapter,
     load_model,
-    load_reference,
+    load_other,
     place_weights,
     round_weights,
-    save_model,
-    untrained_state,
 )
 from support.preference import answer_lengths, describe_preference
 from support.processes import say
+from support.reward import check_reward
 from support.run_log import RunLog
 from support.sampler import greedy_answers
 
@@ -87,6 +89,7 @@ class Setup:
     peak_share: float = 0.0  # of the machine's peak, that one trained token a second takes (MFU)
     reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) log-probabilities in nats
     start: torch.Tensor | None = None  # the policy's own of "eval" before its first step
+    first: "AnswerLogps | None" = None  # kl_model, where sampled answers are compared with it
     reference_seconds: float = 0.0  # how long they took
     answers: list[str] | None = None  # before training, to the samples' prompts
 
@@ -140,6 +143,10 @@ def run(configs, varied, options):
     for config in configs:
         folder = Path(config.output_dir)
         with failures.noted(config):
+            if config.rounds and not options.dry_run:
+                setup = prepared_for = None
+                run_rounds(config, options)
+                continue
             if not options.dry_run and is_finished(folder, config, options.overwrite):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
                 say(
@@ -162,11 +169,32 @@ def run(configs, varied, options):
                 for name, weight in initial.items():
                     setup.weights[name].data.copy_(weight)
                 train(setup, config, folder)
-                finish(setup, config, folder)
+                report.finish(setup, config, folder)
             prepared_for = config
     if varied and not options.dry_run:
         sweep.summarize_sweep(configs, varied, failed=failures.reasons)
     return failures.summarize()
+
+
+def run_rounds(config, options):
+    """Iterative DPO: in each round the model as it is answers prompts, a reward tells which of its
+    answers are better, and it is trained on these against the worse; each round is a run of its
+    own.
+    """
+    for number in range(1, config.rounds + 1):
+        one = rounds.config_of(config, number)
+        folder = Path(one.output_dir)
+        if not is_finished(folder, one, options.overwrite):
+            with claim(folder, one, options.overwrite):
+                if not (folder / PAIRS).exists():
+                    wanted = rounds.pairs_wanted(config, number)
+                    setup = load(replace(config, model=one.model, train_pairs=wanted))
+                    setup.model.requires_grad_(False)
+                    place_weights(setup.policy, config)
+                    rounds.make_pairs(setup, config, number)
+                    setup = None  # frees the model before it is loaded to be trained
+        run([one], [], SimpleNamespace(dry_run=False, overwrite=False))
+    rounds.summarize(config)
 
 
 def train(setup, config, folder):
@@ -176,7 +204,7 @@ def train(setup, config, folder):
              OSError or SafetensorError, as on a full disk; processes.Interrupted after a checkpoint
     """
     optimizer = make_optimizer(setup.weights, config)
-    order = order_steps(setup.steps["train"], config)
+    order = data.order_steps(setup.steps["train"], config)
     total = len(order)
     checkpoints = folder / "checkpoints"
     done = load_checkpoint(checkpoints, setup.weights, optimizer, setup.origin)
@@ -201,11 +229,15 @@ def train(setup, config, folder):
             if skipped_in_a_row == 3:
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
 
+            evaluation = evaluation_due(setup, config, step, total)
+            # a reward, which is a user's, may fail in an evaluation
+            saving = (
+                step == total or is_due(step, config.save_every) or (evaluation and setup.first)
+            )
             # no checkpoint amid skipped steps unless asked to stop: a resumed run counts them anew
-            due = skipped_in_a_row == 0 and (step == total or is_due(step, config.save_every))
+            due = skipped_in_a_row == 0 and saving
             if due:
                 save_checkpoint(checkpoints, setup.weights, optimizer, step, setup.origin)
-            evaluation = evaluation_due(setup, config, step, total)
             if evaluation and not processes.stop_requested(config.device):
                 evaluate(setup, config, log, step)
             stop = processes.stop_requested(config.device)
@@ -230,16 +262,6 @@ def evaluation_due(setup, config, step, total):
     if not setup.pairs["eval"]:
         return False
     return step in (0, total) or is_due(step, config.eval_every)
-
-
-def order_steps(steps, config):
-    """The steps of all epochs: first in the pairs' order, then with shuffle in another each."""
-    order = []
-    for epoch in range(config.epochs):
-        shuffle = config.shuffle and epoch > 0
-        for index in data.visiting_order(len(steps), shuffle, config.seed + epoch):
-            order.append(steps[index])
-    return order
 
 
 def train_step(setup, config, rows, optimizer, lr):
@@ -295,6 +317,10 @@ def evaluate(setup, config, log, step):
     _, before = score(setup.start, reference, lengths, config)
     _, metrics = score(logps, reference, lengths, config)
     figures = summarize(metrics, before)
+    if setup.first is not None:
+        found = samples.measure(setup, config, log.folder, step, data.lay_out, compute_logps)
+        *by_prompt, together = found
+        figures |= summarize(*by_prompt) | together
     if config.keep == "best":  # before the row, so that no row is without its weights
         losses = log.losses | {step: figures["loss"]}
         keep_best(log.folder / "checkpoints", setup.weights, step, losses)
@@ -339,6 +365,7 @@ class AnswerLogps(nn.Module):
         self.model = model
         self.native_attention = model.config._attn_implementation
         self.shared = False
+        self.takes_kv_cache = False  # whether check_cache found one right (support/kv_cache.py)
 
     def share_prompts(self, shared):
         """Choose whether a row runs as it is; this sets the model's attention to match."""
@@ -367,15 +394,22 @@ class AnswerLogps(nn.Module):
 
     def forward_shared(self, row):
         """All pairs of the row in one pass, each prompt computed once for both answers."""
-        hidden = self.model.base_model(
-            input_ids=row.input_ids[None],
-            position_ids=row.position_ids[None],
-            segments=row.segments,
-            use_cache=False,
-        ).last_hidden_state[0]
+        position_ids = row.position_ids[None]
+        hidden = self.hidden_states(row.input_ids[None], position_ids, segments=row.segments)
         # choose_layout has seen that the head is no more than these weights
         head = self.model.get_output_embeddings()
-        return token_logps(hidden[row.predictors], head.weight, row.targets)
+        return token_logps(hidden[0, row.predictors], head.weight, row.targets)
+
+    def hidden_states(self, input_ids, position_ids, **attention):
+        """(b, t, d): the body's last; `attention` is what shared_prompt_attention is given."""
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        return self.model.base_model(**inputs, **attention).last_hidden_state
+
+    def next_logits(self, input_ids, position_ids, kv_cache, places):
+        """(b, v): what follows the token at each row's place, with the KVCache of earlier ones."""
+        hidden = self.hidden_states(input_ids, position_ids, kv_cache=kv_cache)
+        rows = torch.arange(len(places), device=places.device)
+        return nn.functional.linear(hidden[rows, places], self.model.get_output_embeddings().weight)
 
     def generate(self, *arguments, **options):
         """The model's own generate, here so that FSDP2 gathers the weights for it."""
@@ -426,45 +460,62 @@ def reference_logps(setup, config, splits=("train", "eval")):
 
 def other_reference(setup, config):
     """The same under reference_model, which is loaded for it, and freed before training."""
-    model = load_reference(config, setup.tokenizer)
-    policy = AnswerLogps(model)
-    check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row)
-    origin = {"model": digest_tensors(model.state_dict())}
+    policy = other_policy(setup, config, "reference_model")
+    origin = {"model": digest_tensors(policy.model.state_dict())}
     setup.origin["reference model"] = origin["model"]
+    policy.model.requires_grad_(config.lora_r == 0)  # its weights are the policy's, to be evaluated
     weights = place_weights(policy, config)
     return reference_logps(replace(setup, policy=policy, weights=weights, origin=origin), config)
 
 
-def prepare(config, dry=False):
-    """Load model and pairs, lay out rows, and compute the reference's log-probabilities.
+def other_policy(setup, config, setting):
+    """The model of a setting, reference_model or kl_model, where the pairs are right for it."""
+    policy = AnswerLogps(load_other(config, setting, setup.tokenizer))
+    check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row)
+    return policy
 
-    dry      without the reference, its answers, and the check of what can be written
-    returns  Setup
+
+def load(config, dry=False):
+    """Load model and pairs, and lay out rows: a Setup without weights to train, and reference.
+
+    dry      show what the data are
     raises   InputError
     """
+    check_reward(config)
     model, tokenizer = load_model(config)
     look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
     pairs, drops = data.load_pairs(config, tokenizer, look)
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
-    setup = Setup(
+    return Setup(
         policy=policy,
         tokenizer=tokenizer,
         origin={"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)},
         pairs=pairs,
         drops=drops,
         lengths=answer_lengths(pairs, config.device),
-        steps=lay_out(pairs, config),
+        steps=data.lay_out(pairs, config),
         end_of_turn=data.PairEncoder(tokenizer).end_of_turn,
         samples=(pairs["eval"] or pairs["train"])[: config.sample_prompts],
     )
+
+
+def prepare(config, dry=False):
+    """All that a run needs before its first step, the reference's log-probabilities included.
+
+    dry      without the reference, its answers, and the check of what can be written
+    returns  Setup
+    raises   InputError
+    """
+    setup = load(config, dry)
+    policy, model, pairs = setup.policy, setup.model, setup.pairs
     if config.lora_r:
         add_adapter(model, config)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if not dry:
         check_room(config, model)
-    say("\n".join(report.describe_pairs(pairs, drops, config)))
+    say("\n".join(report.describe_pairs(pairs, setup.drops, config)))
     began = time.time()
     if config.reference_model and not dry:
         # before the policy takes the device's memory
@@ -477,38 +528,12 @@ def prepare(config, dry=False):
         setup.reference = setup.reference or own
         setup.reference_seconds = time.time() - began
         say("\n".join(describe_preference(setup.reference, setup.lengths)))
-        setup.answers = greedy_answers(policy, tokenizer, setup.samples, setup.end_of_turn)
+        setup.answers = greedy_answers(setup, config)
+        if config.reward and config.eval_samples and pairs["eval"]:
+            setup.first = other_policy(setup, config, "kl_model")
+            setup.first.model.requires_grad_(False)
+            place_weights(setup.first, config)
     return setup
-
-
-def lay_out(pairs, config):
-    """The rows of each step, by split; a row has room for batch_size of the longest pairs."""
-    longest = max(pair.tokens for pair in pairs["train"] + pairs["eval"])
-    steps = {}
-    for split, part in pairs.items():
-        steps[split] = data.group_into_steps(
-            part,
-            pairs_per_step=config.batch_size * config.gradient_accumulation_steps,
-            row_tokens=config.batch_size * longest,
-            least=processes.WORLD,
-        )
-    return steps
-
-
-def finish(setup, config, folder):
-    """Write report.md, curves.png and, last, model/, which is what marks a run as finished."""
-    after = greedy_answers(setup.policy, setup.tokenizer, setup.samples, setup.end_of_turn)
-    state = processes.gather(untrained_state(setup.model, config) | setup.weights)
-    if not processes.is_first():
-        return
-    questions = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
-    answers = zip(questions, setup.answers, after, strict=True)
-    pairs = report.describe_pairs(setup.pairs, setup.drops, config)
-    pairs += describe_preference(setup.reference, setup.lengths)
-    card, ending = report.write_report(folder, config, pairs, answers)
-    save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    say(ending)
 
 
 if __name__ == "__main__":

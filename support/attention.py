@@ -17,6 +17,7 @@ def shared_prompt_attention(
     mask,
     scaling=None,
     segments=(),
+    kv_cache=None,
     **kwargs,
 ):
     """Attention over a data.Row: each answer sees its prompt and itself, no other answer or pair.
@@ -29,13 +30,16 @@ def shared_prompt_attention(
     query     (1, heads, t, head_dim); key, value (1, key-value heads, t, head_dim)
     segments  the lengths (prompt, chosen, rejected) of each pair, adding up to t; without them
               one plain causal sequence
+    kv_cache  support.kv_cache.KVCache of answers that are being drawn, which then attend
     returns   (1, t, heads, head_dim), None
     """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if kv_cache is not None:
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
     if not segments:  # generation
         sdpa = transformers.AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, mask, scaling=scaling)
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
     lengths = [sum(segment) for segment in segments]
     queries = query.split(lengths, 2)
     keys = key.split(lengths, 2)

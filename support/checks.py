@@ -5,6 +5,7 @@ import math
 import torch
 
 from support.errors import InputError, first_line
+from support.kv_cache import check_cache
 from support.processes import say
 
 
@@ -139,6 +140,7 @@ def check_model(policy, pairs, make_row):
     try:
         check_causal(policy.model, shortest)
         choose_layout(policy, pairs, make_row)
+        check_cache(policy, shortest)
         check_noise(policy, make_row([shortest], [0]))
     except IndexError as error:  # a position without an embedding of its own
         longest = max(pair.length for pair in pairs)

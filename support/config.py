@@ -112,6 +112,14 @@ class Config:
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0, le=1e3)
     max_grad_norm: float = Field(1.0, ge=0)
+    reward: str | None = None
+    eval_samples: int = Field(4, ge=0)
+    kl_model: str | None = None
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    max_new_tokens: int = Field(128, ge=1)
+    rounds: int = Field(0, ge=0)
+    samples_per_prompt: int = Field(8, ge=2)
+    round_reference: Literal["previous", "first"] = "previous"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     activation_checkpointing: bool = False
@@ -235,9 +243,26 @@ def _check(settings):
             "load_in_4bit keeps the frozen weights under an adapter in 4 bits, and without one all "
             "are trained: add lora_r=16, or set load_in_4bit to false"
         )
+    _check_rounds(config)
     if config.label_smoothing and config.loss != "sigmoid":
         raise InputError("label_smoothing is defined for loss sigmoid only: set it to 0")
     return config
+
+
+def _check_rounds(config):
+    """Refuse rounds that could not be had."""
+    if not config.rounds:
+        return
+    if not config.reward:
+        raise InputError(
+            "rounds sample answers, and need a reward that tells which are better: "
+            "reward=file.py:function, or the name of a reward model"
+        )
+    if config.revision:
+        raise InputError(
+            "rounds go back to the first model by its name: with revision, download that commit "
+            "(hf download) and give its folder as model"
+        )
 
 
 def _known():

@@ -126,6 +126,10 @@ def estimate(setup, config):
     memory = _memory(setup.model, trained, tokens, config)
     cost = f"{minutes:.1f} minutes and {memory / 1e9:.1f} GB for each process"
     say(f"Estimate for {config.output_dir}: {cost}")
+    if config.rounds:
+        say(
+            f"That is of the set's own pairs: {config.rounds} rounds sample theirs, and take longer"
+        )
     say("Which answers the reference prefers already, a run tells after its reference pass")
 
 

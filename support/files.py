@@ -28,6 +28,14 @@ def write_text(path, text):
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_records(path, records):
+    """Write a JSONL file of dicts, whole or not at all."""
+    lines = []
+    for record in records:
+        lines.append(json.dumps(record) + "\n")
+    write_text(path, "".join(lines))
+
+
 def digest_tensors(tensors):
     """sha256 of tensors and their names."""
     digest = hashlib.sha256()

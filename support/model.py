@@ -105,30 +105,31 @@ def _load_merged(adapter, config):
     return model, tokenizer
 
 
-def load_reference(config, tokenizer):
-    """Load reference_model as load_model does, where its tokenizer is the policy's.
+def load_other(config, setting, tokenizer):
+    """Load the model of a setting as load_model does, where its tokenizer is the policy's.
 
     Its weights will be placed as the policy's, so that of the same model they are the same to the
     last digit.
 
+    setting  reference_model, or kl_model, where null is the model itself
     raises   InputError, as _check_tokenizer does
     """
+    name = getattr(config, setting) or config.model
+    revision = config.revision if name == config.model else None
     try:
-        other = replace(config, model=config.reference_model, revision=None)
-        model, its_tokenizer = load_model(other)
+        model, its_tokenizer = load_model(replace(config, model=name, revision=revision))
     except InputError as error:
-        raise InputError(f"reference_model: {error}") from error
-    _check_tokenizer(its_tokenizer, tokenizer, config)
+        raise InputError(f"{setting}: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config, setting)
     if config.load_in_4bit:
         quantize(model)
-    model.requires_grad_(config.lora_r == 0)
     return model
 
 
 def check_reference(config, tokenizer):
     """Refuse a reference_model that is not there or has another tokenizer; no weights are read.
 
-    raises   InputError, as load_reference does of these
+    raises   InputError, as load_other does of these
     """
 
     def load(path):
@@ -146,11 +147,11 @@ def check_reference(config, tokenizer):
         its_tokenizer = open_source(config.reference_model, "model", config.offline, load)
     except InputError as error:
         raise InputError(f"reference_model: {error}") from error
-    _check_tokenizer(its_tokenizer, tokenizer, config)
+    _check_tokenizer(its_tokenizer, tokenizer, config, "reference_model")
 
 
-def _check_tokenizer(its_tokenizer, tokenizer, config):
-    """Refuse a reference_model's tokenizer that is not the policy's.
+def _check_tokenizer(its_tokenizer, tokenizer, config, setting):
+    """Refuse the tokenizer of a setting's model that is not the policy's.
 
     raises   InputError, with the first of the tokens whose ids differ
     """
@@ -163,7 +164,7 @@ def _check_tokenizer(its_tokenizer, tokenizer, config):
     if different:
         token = different[0]
         raise InputError(
-            f"reference_model {config.reference_model}: its tokenizer is not that of model "
+            f"{setting} {getattr(config, setting)}: its tokenizer is not that of model "
             f"{config.model}: {len(different)} tokens differ, such as {token!r}, id "
             f"{its_ids.get(token)} there and {ids.get(token)} here. Its log-probabilities would be "
             "of other texts: give a model with the same tokenizer, or null"
@@ -300,6 +301,7 @@ def _shard(policy, dtype):
             fully_shard(module, mp_policy=precision)
     fully_shard(policy, mp_policy=precision)
     register_fsdp_forward_method(policy, "generate")
+    register_fsdp_forward_method(policy, "next_logits")
 
 
 def round_weights(policy, weights):

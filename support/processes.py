@@ -59,12 +59,12 @@ def say(text, from_all=False):
         tqdm.write(text)
 
 
-def progress(title, total, done=0):
+def progress(title, total, done=0, unit="pair"):
     """A tqdm bar on a terminal; elsewhere a line, for logs are no place for a bar."""
     if not sys.stderr.isatty():
-        say(f"{title}: {total} pairs")
+        say(f"{title}: {total} {unit}s")
     hidden = None if is_first() else True  # None: hidden unless on a terminal
-    shape = {"unit": "pair", "dynamic_ncols": True}
+    shape = {"unit": unit, "dynamic_ncols": True}
     return tqdm(desc=title, total=total, initial=done, disable=hidden, **shape)
 
 
@@ -73,6 +73,12 @@ def sum_over_processes(tensor):
     if WORLD > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_of(flag, device):
+    """Whether it is so in any process; all must ask, and all get the same answer."""
+    number = torch.tensor(float(flag), device=device)
+    return bool(sum_over_processes(number).item())
 
 
 def wait_for_all():
@@ -168,8 +174,7 @@ def _tell(text):
 
 def stop_requested(device):
     """Whether a signal has reached any process; all must ask, and all get the same answer."""
-    arrived = torch.tensor(float(len(_signals) > 0), device=device)
-    return bool(sum_over_processes(arrived).item())
+    return any_of(len(_signals) > 0, device)
 
 
 def stop_if_signalled():

@@ -1,8 +1,10 @@
 """What a run leaves to be read: its pairs in numbers, curves.png, report.md, the model card."""
 
 import glob
+import json
 import math
 import os
+import shutil
 import statistics
 from dataclasses import asdict
 from functools import partial
@@ -12,10 +14,14 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from support import samples
 from support.files import write_atomically, write_text
 from support.machine import peak_memory
-from support.processes import is_first
+from support.model import save_model, untrained_state
+from support.preference import describe_preference
+from support.processes import gather, is_first, say
 from support.run_log import read_rows, saved_evaluations
+from support.sampler import greedy_answers
 from support.sources import (
     HubSet,
     bases_used,
@@ -95,9 +101,9 @@ def public_name(name):
 def public_settings(config):
     """A run's settings with public names, and without those that mean something here alone."""
     settings = {n: value for n, value in asdict(config).items() if n not in PLACES}
-    settings["model"] = public_name(config.model)
-    if config.reference_model:
-        settings["reference_model"] = public_name(config.reference_model)
+    for name in ("model", "reference_model", "kl_model", "reward"):
+        if settings[name]:
+            settings[name] = public_name(settings[name])
     for name in ("dataset", "eval_dataset"):
         if settings[name]:
             parts = []
@@ -194,6 +200,9 @@ def write_report(folder, config, pairs, answers):
     evaluation = compare(held_out)
     if config.keep == "best":
         evaluation += f"\n\n{tell_best(held_out, evaluations)}"
+    sampled = samples.describe(held_out)
+    if sampled:
+        evaluation += f"\n\n{sampled}"
     verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained)
     settings = public_settings(config)
@@ -207,6 +216,22 @@ def write_report(folder, config, pairs, answers):
     write_text(folder / "report.md", f"# {folder.name}\n\n![curves](curves.png)\n\n{report}")
     card = f"---\n{_card_metadata(config)}---\n{method}\n\n{evaluation}\n\n{details}"
     return card, f"\n{evaluation}\n\n{verdict}\n\n{speed}\nModel and report are in {folder}"
+
+
+def finish(setup, config, folder):
+    """Write report.md, curves.png and, last, model/, which is what marks a run as finished."""
+    after = greedy_answers(setup, config)
+    state = gather(untrained_state(setup.model, config) | setup.weights)
+    if not is_first():
+        return
+    questions = [json.loads(pair.prompt)[-1]["content"] for pair in setup.samples]
+    answers = zip(questions, setup.answers, after, strict=True)
+    pairs = describe_pairs(setup.pairs, setup.drops, config)
+    pairs += describe_preference(setup.reference, setup.lengths)
+    card, ending = write_report(folder, config, pairs, answers)
+    save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    say(ending)
 
 
 def _method(settings):

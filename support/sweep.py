@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from support.files import write_atomically
 from support.processes import is_first, say
+from support.rounds import last_folder
 from support.run_log import read_rows, saved_evaluations
+from support.samples import KL, REWARD
 
 BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
 # what a loss is a loss of
@@ -66,7 +68,7 @@ def _outcome(config, reason):
     """The evaluation of the weights that a run saved, and as its outcome how it ended."""
     if reason is not None:
         return {"outcome": "failed", "reason": str(reason)}
-    folder = Path(config.output_dir)
+    folder = last_folder(config)
     held_out = saved_evaluations(read_rows(folder / "metrics.jsonl", "eval"), config.keep)
     trained = read_rows(folder / "metrics.jsonl", "train")
     if not held_out:
@@ -133,8 +135,12 @@ def _draw_sweep(rows, varied, path, before):
         if row[x] not in ticks:
             ticks.append(row[x])
     ticks.sort(key=_numbers_first)
-    figure = Figure((12, 4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, 2), BEFORE_TRAINING, strict=True):
+    frontier = REWARD in rows[0]
+    figure = Figure((18 if frontier else 12, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if frontier else 2)
+    if frontier:
+        _draw_frontier(axes[2], lines)
+    for axis, name in zip(axes[:2], BEFORE_TRAINING, strict=True):
         # beside each other, or their intervals would hide one another
         dodge = DODGED / max(5, len(lines))
         aside = -dodge * (len(lines) - 1) / 2
@@ -148,8 +154,21 @@ def _draw_sweep(rows, varied, path, before):
             axis.axhline(before[name], color="gray", linestyle=":", label="before training")
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set(title=f"held out {name}, 95 % interval", xlabel=x)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     write_atomically(path, partial(figure.savefig, format="png"))
+
+
+def _draw_frontier(axis, lines):
+    """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper)."""
+    names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
+    for label, part in lines.items():
+        frame = pandas.DataFrame(part).reindex(columns=names).astype(float)
+        x, y, x_error, y_error = frame.sort_values(KL).to_numpy().T
+        axis.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=label)
+    axis.set(
+        title="reward of sampled answers, 95 % intervals",
+        xlabel="KL to the first model, nats an answer",
+    )
 
 
 def _draw_line(axis, name, label, rows, positions):

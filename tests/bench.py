@@ -253,7 +253,6 @@ def measure_data(options):
     from transformers import AutoTokenizer
 
     import data
-    import train_dpo
     from support.config import Config
 
     torch.set_num_threads(1)
@@ -278,7 +277,7 @@ def measure_data(options):
     seen = len(sample) + drops.total()
     del records, sample
     pairs, _ = data.load_pairs(config, tokenizer)
-    steps = train_dpo.lay_out(pairs, config)
+    steps = data.lay_out(pairs, config)
     return {
         "read": count / read,
         "seen": seen / encoded,

@@ -141,6 +141,11 @@ def plain_row_logps(model, pairs):
     return torch.cat(logps)
 
 
+def normal(*shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 # Pairs, records and files of them
 
 

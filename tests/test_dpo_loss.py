@@ -11,14 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dpo_loss as module
-from dpo_loss import (
-    dpo_loss,
-    mean_half_width,
-    sequence_logps,
-    share_half_width,
-    summarize,
-    token_logps,
-)
+from dpo_loss import dpo_loss, sequence_logps, token_logps
+from helpers import normal
 
 VARIANTS = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 variants = pytest.mark.parametrize("loss, smoothing", VARIANTS)
@@ -29,11 +23,6 @@ often = settings(max_examples=60, deadline=None)
 
 def doubles(*numbers):
     return [torch.tensor([number], dtype=torch.float64) for number in numbers]
-
-
-def normal(*shape, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def head_inputs(n, d, v, dtype=torch.float64, seed=0):
@@ -578,70 +567,3 @@ def test_tabular_policy_trained_on_bradley_terry_preferences_is_the_theorems_opt
     optimizer.step(expected_loss)
     assert total_variation(reference).min() > 0.1, "there was something to learn"
     assert total_variation(logits.detach().log_softmax(1)).max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "count, quantile",  # of Student's t at 97.5 %, from tables
-    [(3, 4.3027), (4, 3.1824), (5, 2.7764), (10, 2.2622), (20, 2.0930), (100, 1.9842)],
-)
-def test_the_interval_of_a_mean_is_students_and_widest_for_few_pairs(count, quantile):
-    values = normal(count, seed=count)
-    standard_error = values.std().item() / math.sqrt(count)
-    ratio = mean_half_width(values) / standard_error
-    assert 0.9999 * quantile < ratio < 1.05 * quantile
-
-
-def test_the_mean_of_a_single_pair_has_no_interval():
-    assert math.isnan(mean_half_width(torch.tensor([0.3])))
-
-
-def wins(won, count):
-    return torch.tensor([1.0] * won + [0.0] * (count - won), dtype=torch.float64)
-
-
-@pytest.mark.parametrize("won, count", [(82, 100), (54, 80), (4, 4), (0, 25), (11, 20)])
-def test_the_interval_of_a_share_ends_where_wilsons_score_equation_holds(won, count):
-    share = won / count
-    half_width = share_half_width(wins(won, count))
-    end = share - half_width if share > 0.5 else share + half_width
-    standard_error = math.sqrt(end * (1 - end) / count)
-    assert half_width == pytest.approx(1.959964 * standard_error, rel=1e-9)
-
-
-def test_all_pairs_won_is_not_certainty():
-    assert share_half_width(wins(4, 4)) > 0.48
-    assert 0.15 < share_half_width(wins(20, 20)) < 0.17
-
-
-@pytest.mark.parametrize("count", [20, 21, 30, 50, 100])
-def test_chance_alone_passes_for_a_change_of_accuracy_about_one_time_in_twenty(count):
-    claimed = 0
-    for won in range(count + 1):
-        if abs(won / count - 0.5) > share_half_width(wins(won, count)):
-            claimed += math.comb(count, won) / 2**count
-    assert 0.01 < claimed < 0.08
-
-
-def test_one_half_is_known_exactly_before_training_and_not_with_a_pair_decided():
-    assert share_half_width(torch.full((9,), 0.5)) == 0
-    assert share_half_width(torch.tensor([0.5, 0.5, 1.0])) > 0.3
-
-
-def test_a_summary_with_intervals_counts_its_pairs():
-    metrics = {"loss": normal(7, seed=0), "rewards/accuracies": wins(7, 7)}
-    figures = summarize(metrics, before={name: torch.zeros(7) for name in metrics})
-    assert figures["pairs"] == 7
-    assert figures["loss/ci95"] == mean_half_width(metrics["loss"])
-    assert figures["rewards/accuracies/ci95"] == share_half_width(metrics["rewards/accuracies"]) > 0
-    assert "pairs" not in summarize(metrics)
-    assert not any("change" in name for name in figures)
-
-
-def test_a_changes_interval_is_paired_where_pairs_did_not_begin_alike():
-    before = {"loss": 100 * normal(9, seed=0), "rewards/margins": torch.zeros(9)}
-    change = normal(9, seed=1)
-    after = {name: values + change for name, values in before.items()}
-    figures = summarize(after, before)
-    assert figures["loss/change_ci95"] == pytest.approx(mean_half_width(change), rel=1e-9)
-    assert figures["loss/ci95"] > 10 * figures["loss/change_ci95"]
-    assert "rewards/margins/change_ci95" not in figures

@@ -34,7 +34,7 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from support import sources
+from support import report, sources
 from support.config import Config, read_config
 from support.model import load_model
 from train_dpo import AnswerLogps
@@ -220,7 +220,7 @@ def test_buffers_and_frozen_weights_are_saved_beside_the_trained_ones(ready, tmp
     setup.model.model.frozen = torch.nn.Parameter(torch.tensor([0.5]), requires_grad=False)
     figures = dict.fromkeys([*METRICS, "grad_norm", "lr", "seconds", "tokens_per_second"], 0.5)
     write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "split": "train", **figures}])
-    train_dpo.finish(setup, replace(config, save_dtype="bfloat16"), tmp_path)
+    report.finish(setup, replace(config, save_dtype="bfloat16"), tmp_path)
     saved = load_file(tmp_path / "model/model.safetensors")
     assert saved["model.scale"].item() == 3.0 and saved["model.frozen"].item() == 0.5
     assert saved["model.index"].item() == 70001 and saved["model.index"].dtype == torch.int64

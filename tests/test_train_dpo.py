@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import train_dpo
 from data import Pair, make_row
-from dpo_loss import dpo_loss, sequence_logps, summarize
+from dpo_loss import dpo_loss, sequence_logps
 from helpers import (
     CONFIG,
     DANUBE,
@@ -40,6 +40,7 @@ from helpers import (
 )
 from support.checks import choose_layout
 from support.config import Config, read_config
+from support.intervals import summarize
 from train_dpo import AnswerLogps
 
 # Layouts
@@ -674,14 +675,14 @@ def test_a_run_against_another_reference_says_so_from_its_first_loss_on(
 
 
 def test_the_other_model_is_freed_before_training(ready, other_model, monkeypatch):
-    loaded, load = [], train_dpo.load_reference
+    loaded, load = [], train_dpo.load_other
 
     def watched(*given):
         model = load(*given)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(train_dpo, "load_reference", watched)
+    monkeypatch.setattr(train_dpo, "load_other", watched)
     setup, _ = ready(reference_model=other_model)
     gc.collect()
     assert loaded[0]() is None and setup.weights

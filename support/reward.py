@@ -1,0 +1,177 @@
+"""Rewards of answers: by a function of the user's, or by a reward model."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import numbers
+import os
+from pathlib import Path
+
+import torch
+import transformers
+
+from support.errors import InputError, first_line
+from support.processes import fail_together, is_first, sum_over_processes
+from support.sources import announce_download, open_source
+
+AT_ONCE = 8  # texts that a reward model reads together
+ORIGINAL = "record"  # column of a round's files that holds the record a prompt came from
+
+
+def check_reward(config):
+    """Refuse a reward that is not there, before anything is computed.
+
+    raises   InputError
+    """
+    if config.reward and _is_function(config.reward):
+        _load_function(config.reward)
+
+
+def score_answers(config, pairs, answers):
+    """The rewards of some answers, as setting `reward` says; the first process finds them.
+
+    config   a run's settings
+    pairs    list of data.Pair with their records: whose prompts these are
+    answers  for each a list of support.sampler.Told
+    returns  (pairs, answers) float64; an answer that did not end fails, where rewards are no more
+             than pass or fail, and else has the reward of the text up to there
+    raises   InputError, in all processes, with the prompt for which the reward fails
+    """
+    rewards = torch.zeros(len(pairs), len(answers[0]), dtype=torch.float64)
+    with fail_together(config.device):
+        if is_first():
+            rewards = _score(config, pairs, answers)
+    return sum_over_processes(rewards.float().to(config.device)).double().cpu()
+
+
+def is_verifier(rewards):
+    """Whether rewards, a tensor, say no more than pass or fail: 1 or 0."""
+    return bool(((rewards == 0) | (rewards == 1)).all())
+
+
+def _score(config, pairs, answers):
+    asked = []
+    whole = []
+    for pair, drawn in zip(pairs, answers, strict=True):
+        messages = json.loads(pair.prompt)
+        record = pair.record.get(ORIGINAL, pair.record)
+        for answer in drawn:
+            asked.append((messages, answer.text, record))
+            whole.append(answer.ended)
+    if _is_function(config.reward):
+        found = _by_function(config.reward, asked)
+    else:
+        found = _by_model(config, asked)
+    rewards = torch.tensor(found, dtype=torch.float64)
+    if is_verifier(rewards):
+        rewards[~torch.tensor(whole)] = 0.0
+    return rewards.view(len(pairs), -1)
+
+
+def _is_function(reward):
+    return ".py:" in reward
+
+
+def _load_function(reward):
+    """The function that `file.py:function` names."""
+    path, _, name = reward.rpartition(":")
+    if not os.path.isfile(path):
+        raise InputError(f"reward {reward}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file may raise
+        raise InputError(f"reward {reward}: {path} fails: {first_line(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"reward {reward}: {path} has no function {name}")
+    return function
+
+
+def _by_function(reward, asked):
+    """A user's function of each (messages, answer, record), checked to be a number."""
+    function = _load_function(reward)
+    rewards = []
+    for messages, answer, record in asked:
+        where = f"for the prompt {messages[-1]['content']!r:.300}, answer {answer!r:.300}"
+        try:
+            value = function(messages, answer, record)
+        except Exception as error:  # whatever a user's function may raise
+            raise InputError(f"reward {reward} fails: {first_line(error)}, {where}") from error
+        is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
+        if not is_number or not math.isfinite(value):
+            raise InputError(
+                f"reward {reward} is to return a finite number, not {value!r}, {where}"
+            )
+        rewards.append(float(value))
+    return rewards
+
+
+@torch.no_grad()
+def _by_model(config, asked):
+    """A reward model's score of each (messages, answer, record), which is loaded for it and freed.
+
+    By its chat template where it has one, else of the prompt's text and the answer as a pair.
+    """
+    model, tokenizer = _load_model(config)
+    rewards = [math.nan] * len(asked)
+    encoded = []
+    for messages, answer, _ in asked:
+        encoded.append(_encode(tokenizer, messages, answer))
+    order = sorted(range(len(asked)), key=lambda number: len(encoded[number]["input_ids"]))
+    at_once = AT_ONCE if tokenizer.pad_token_id is not None else 1
+    for start in range(0, len(order), at_once):
+        part = order[start : start + at_once]
+        inputs = tokenizer.pad([encoded[number] for number in part], return_tensors="pt")
+        scores = model(**inputs.to(config.device)).logits.float()
+        for number, reward in zip(part, scores.squeeze(1).tolist(), strict=True):
+            if not math.isfinite(reward):
+                prompt = asked[number][0][-1]["content"]
+                raise InputError(f"reward {config.reward}: {reward} for the prompt {prompt!r:.300}")
+            rewards[number] = reward
+    return rewards
+
+
+def _encode(tokenizer, messages, answer):
+    """The token ids of a conversation as a reward model reads it."""
+    if tokenizer.chat_template:
+        turns = [*messages, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return tokenizer(text, add_special_tokens=False, truncation=True)
+    prompt = "\n\n".join(message["content"] for message in messages)
+    return tokenizer(prompt, answer, truncation="longest_first")
+
+
+def _load_model(config):
+    """The reward model on the run's device, and its tokenizer."""
+
+    def load(path):
+        if not os.path.exists(path):
+            announce_download(path, "main")
+        options = {"trust_remote_code": config.trust_remote_code}
+        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+            path,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+        if found["missing_keys"]:
+            raise InputError(
+                f"reward {config.reward}: its files hold no weights for "
+                f"{', '.join(sorted(found['missing_keys']))}: it is no reward model"
+            )
+        return model, transformers.AutoTokenizer.from_pretrained(path, **options)
+
+    with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
+        model, tokenizer = open_source(config.reward, "model", config.offline, load)
+    if model.config.num_labels != 1:
+        raise InputError(
+            f"reward {config.reward}: it tells {model.config.num_labels} numbers of a text, and a "
+            "reward model tells one (num_labels in its config.json)"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval().to(config.device), tokenizer

@@ -1,0 +1,297 @@
+"""Rounds of iterative DPO: each one's settings, its prompts, answers and pairs, and what they gave.
+
+The folder of a run with rounds holds held_out.jsonl, round_1/, round_2/, ..., each of which is a
+run of its own, and report.md with rounds.png. Beside what every run leaves, a round has
+    answers.jsonl   what was sampled, written as it comes: the same command goes on behind it
+    pairs.jsonl     better against worse of these, what the round trains on
+"""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from support.checkpoint import ANSWERS, PAIRS
+from support.errors import InputError
+from support.files import write_atomically, write_records, write_text
+from support.processes import is_first, progress, say, wait_for_all
+from support.reward import ORIGINAL, score_answers
+from support.run_log import read_rows, saved_evaluations
+from support.sampler import Told
+from support.samples import KL, LABELS, REWARD, TOKENS, figure, make_sampler
+from support.shapes import read_preference
+from support.verdict import markdown
+
+HELD_OUT = "held_out.jsonl"
+NEAR = 3  # tokens: couples of answers whose lengths differ by less than this more are as near
+PANELS = [REWARD, TOKENS, KL]  # of rounds.png
+
+
+def folder_of(config, number):
+    """The folder of a round."""
+    return Path(config.output_dir) / f"round_{number}"
+
+
+def last_folder(config):
+    """The folder of the run whose model is the last: the last round's, or the run's own."""
+    return folder_of(config, config.rounds) if config.rounds else Path(config.output_dir)
+
+
+def config_of(config, number):
+    """The settings of a round, from 1 on, as of a run of its own."""
+    first = config.kl_model or config.model
+    model = config.model
+    reference = config.reference_model
+    if number > 1:
+        model = str(folder_of(config, number - 1) / "model")
+        if config.round_reference == "first":
+            reference = reference or config.model
+    return replace(
+        config,
+        rounds=0,
+        model=model,
+        reference_model=reference,
+        kl_model=first,
+        dataset=str(folder_of(config, number) / PAIRS),
+        split=None,
+        eval_dataset=str(Path(config.output_dir) / HELD_OUT) if config.eval_pairs else None,
+        eval_split=None,
+        columns=None,
+        train_pairs=0,
+        output_dir=str(folder_of(config, number)),
+    )
+
+
+def pairs_wanted(config, number):
+    """How many of the set's prompts are needed for this round and those before; 0 is all."""
+    return number * config.train_pairs
+
+
+def make_pairs(setup, config, number):
+    """Sample and score a round's answers, and write what it trains and is evaluated on.
+
+    setup    the Setup of the model that answers, and of the set's own pairs up to this round's
+    config   the settings of the whole run
+    raises   InputError where a reward fails, or no prompt has two answers to be told apart
+    """
+    folder = folder_of(config, number)
+    if setup.pairs["eval"]:
+        _write_held_out(setup.pairs["eval"], config)
+    prompts = _prompts_of_round(setup.pairs["train"], config, number)
+    rows = _sample(setup, config, prompts, folder / ANSWERS, f"{config.seed} round {number}")
+    rewards = score_answers(config, prompts, rows)
+    pairs = _couple_all(prompts, rows, rewards, config)
+    _tell(number, rows, rewards, len(pairs))
+    if not pairs:
+        raise InputError(
+            f"round {number}: no prompt has two answers that ended and that the reward tells "
+            f"apart, of {len(prompts)} prompts. Look at {folder / ANSWERS}; a larger "
+            "samples_per_prompt, train_pairs or max_new_tokens, or another reward may help"
+        )
+    write_records(folder / PAIRS, pairs)
+    wait_for_all()
+
+
+def _write_held_out(pairs, config):
+    """The evaluation pairs as a set of their own, so that all rounds have the same ones."""
+    rows = []
+    for pair in pairs:
+        preference = read_preference(pair.record, config.columns)
+        row = _in_own_shape(preference, preference.chosen, preference.rejected)
+        rows.append(row | {ORIGINAL: pair.record})
+    write_records(Path(config.output_dir) / HELD_OUT, rows)
+
+
+def _in_own_shape(preference, chosen, rejected):
+    """A record of this project's own shape with the prompt of a preference."""
+    row = {"prompt": preference.messages, "chosen": chosen, "rejected": rejected}
+    return row | {"tools": preference.tools} if preference.tools else row
+
+
+def _prompts_of_round(pairs, config, number):
+    """The next train_pairs of the set's pairs, other ones each round until all have been asked."""
+    wanted = config.train_pairs or len(pairs)
+    start = (number - 1) * wanted
+    chosen = []
+    for position in range(start, start + min(wanted, len(pairs))):
+        chosen.append(pairs[position % len(pairs)])
+    return chosen
+
+
+def _sample(setup, config, prompts, path, seed):
+    """Answers to a round's prompts, those that stand in the file already included.
+
+    returns  for each prompt a list of Told
+    """
+    count = config.samples_per_prompt
+    found = _read_answers(path, setup.origin)
+    sampler = make_sampler(setup, config)
+    ids = [pair.prompt_ids for pair in prompts]
+    with progress("sampling", len(prompts), len(found), "prompt") as bar:
+        for batch in sampler.batches(ids, count):
+            if found.keys() >= set(batch):
+                continue
+            drawn = sampler.draw(ids, batch, count, seed)
+            lines = []
+            for position, answers in zip(batch, drawn, strict=True):
+                found[position] = sampler.tell_all(answers)
+                lines.append(json.dumps({"prompt": position, "answers": found[position]}) + "\n")
+            if is_first():
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("".join(lines))
+            bar.update(len(batch))
+    return [found[position] for position in range(len(prompts))]
+
+
+def _read_answers(path, origin):
+    """Answers that an earlier, stopped process has sampled, by prompt; begins the file anew.
+
+    raises   InputError if they are of another model or other prompts
+    """
+    wait_for_all()
+    head, *rows = read_rows(path) or [{"origin": origin}]
+    if head.get("origin") != origin:
+        raise InputError(
+            f"{path}: model or data changed since this was sampled. Put them back, give another "
+            "output_dir, or begin anew with --overwrite"
+        )
+    found = {}
+    for row in rows:
+        found[row["prompt"]] = [Told(*answer) for answer in row["answers"]]
+    wait_for_all()
+    write_records(path, [{"origin": origin}, *rows])  # without a line that a kill has torn
+    return found
+
+
+def _couple_all(prompts, answers, rewards, config):
+    """Records of the pairs of a round, at most one a prompt."""
+    pairs = []
+    lead = 0  # how many more chosen answers were the longer than the shorter ones
+    for pair, drawn, scores in zip(prompts, answers, rewards.tolist(), strict=True):
+        ended = []
+        for answer, score in zip(drawn, scores, strict=True):
+            if answer.ended and answer.text:
+                ended.append((answer.text, answer.tokens, score))
+        found = couple(ended, lead)
+        if found is None:
+            continue
+        chosen, rejected = found
+        lead += (chosen[1] > rejected[1]) - (chosen[1] < rejected[1])
+        record = pair.record.get(ORIGINAL, pair.record)
+        preference = read_preference(record, config.columns)
+        row = _in_own_shape(preference, chosen[0], rejected[0])
+        pairs.append(row | {"score_chosen": chosen[2], "score_rejected": rejected[2]})
+    return pairs
+
+
+def couple(answers, lead):
+    """The best and the worst of the answers to a prompt, of those that are as good near in length.
+
+    Near in length, for a model would else learn that short answers win, or long ones. Of couples
+    about as near, one is preferred that brings `lead` nearer to zero.
+
+    answers  list of (text, tokens, reward)
+    lead     how many chosen answers so far were the longer ones of their couple, minus the shorter
+    returns  (chosen, rejected), or None where no answer is better than another
+    """
+    rewards = [reward for _, _, reward in answers]
+    if len(set(rewards)) < 2:
+        return None
+    good = [answer for answer in answers if answer[2] == max(rewards)]
+    bad = [answer for answer in answers if answer[2] == min(rewards)]
+    couples = list(itertools.product(good, bad))
+    nearest = min(map(_distance, couples))
+    side = -1 if lead > 0 else 1
+
+    def order(found):
+        near = _distance(found) < nearest + NEAR
+        on_the_other_side = _gap(found) * side > 0
+        return not near, not on_the_other_side, _distance(found)
+
+    return min(couples, key=order)
+
+
+def _gap(found):
+    """How many tokens longer the chosen answer of a couple is."""
+    chosen, rejected = found
+    return chosen[1] - rejected[1]
+
+
+def _distance(found):
+    return abs(_gap(found))
+
+
+def _tell(number, answers, rewards, pairs):
+    """Say what became of a round's answers."""
+    whole = 0
+    total = 0
+    for drawn in answers:
+        total += len(drawn)
+        for answer in drawn:
+            whole += answer.ended
+    say(
+        f"round {number}: {pairs} pairs of {len(answers)} prompts; {total} answers, "
+        f"{100 * whole / total:.0f} % ended, mean reward {rewards.mean().item():.4g}"
+    )
+
+
+def summarize(config):
+    """Write report.md and rounds.png of all rounds, and print the table."""
+    if not is_first():
+        return
+    rows = []
+    for number in range(1, config.rounds + 1):
+        evaluations = _evaluations(config, number)
+        if not evaluations:
+            say("Without held-out pairs, or with eval_samples=0, nothing tells what rounds gave")
+            return
+        if number == 1:
+            rows.append(evaluations[0])
+        rows.append(evaluations[-1])
+    header = ["after round", "pairs", "rewards/accuracies", *LABELS.values()]
+    table = []
+    for number, row in enumerate(rows):
+        pairs = ""
+        if number:
+            pairs = len(read_rows(folder_of(config, number) / PAIRS))
+        figures = [_figure(row, name) for name in ("rewards/accuracies", *LABELS)]
+        table.append([number or "start", pairs, *figures])
+    folder = Path(config.output_dir)
+    _draw(rows, folder / "rounds.png")
+    text = markdown(header, table)
+    about = "Held-out figures with 95 % intervals; each round is a run of its own, in round_N/."
+    write_text(
+        folder / "report.md", f"# {folder.name}\n\n![rounds](rounds.png)\n\n{text}\n\n{about}\n"
+    )
+    say(f"\n{text}\n\n{about}\nThe last model is in {last_folder(config)}")
+
+
+def _evaluations(config, number):
+    """Rows of a round's evaluations that sampled answers."""
+    rows = read_rows(folder_of(config, number) / "metrics.jsonl", "eval")
+    return [row for row in saved_evaluations(rows, config.keep) if REWARD in row]
+
+
+def _figure(row, name):
+    """A figure of an evaluation with its interval, where it has one."""
+    half_width = row.get(f"{name}/ci95")
+    return figure(row, name) + ("" if half_width is None else f" ± {half_width:.3f}")
+
+
+def _draw(rows, path):
+    """Reward, length and KL divergence over the rounds."""
+    figure = Figure((12, 3.6), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        values = []
+        half_widths = []
+        for row in rows:
+            values.append(math.nan if row[name] is None else row[name])
+            half_widths.append(row.get(f"{name}/ci95") or 0.0)
+        axis.errorbar(range(len(rows)), values, half_widths, marker="o", capsize=3)
+        axis.set(title=f"{LABELS[name]}, 95 % interval", xlabel="rounds")
+        axis.set_xticks(range(len(rows)))
+    write_atomically(path, partial(figure.savefig, format="png"))

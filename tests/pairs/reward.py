@@ -1,0 +1,18 @@
+"""A reward for `reward: tests/pairs/reward.py:passes`, and an example for one of your own.
+
+It is called for each sampled answer, with the prompt's messages, the answer's text and the record
+that the prompt came from. True and False (or 1 and 0) make a verifier: a passing answer is trained
+on against a failing one. Any other numbers make best against worst.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import make_pairs
+
+
+def passes(messages, answer, record):
+    """Whether the answer fulfils the instruction that the record's column "check" names."""
+    return make_pairs.passes(record["check"], answer)
