@@ -17,7 +17,9 @@ themselves within the token limit. A prompt is kept only if it has such a couple
 The column "check" is "kind:argument", enough to verify an answer again with `passes`. Test topics
 do not occur in training, and the kinds in UNSEEN occur in the test part only.
 
-With the same seed, model file, machine and library versions the file comes out byte by byte.
+The file was made by an earlier version's own sampling loop, with the same rules: made anew, by
+support/sampler.py, it holds other answers of the same kinds. With the same seed, model file,
+machine and library versions it then comes out the same byte by byte.
 
 Licence: the answers are output of SmolLM2-135M-Instruct, which stands under Apache-2.0; the
 prompts are part of this project and stand under its MIT licence.
@@ -25,16 +27,20 @@ prompts are part of this project and stand under its MIT licence.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from pathlib import Path
 
 PAIRS = Path(__file__).with_name("pairs.jsonl")
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
 TRAIN_ROWS, TEST_ROWS, TEST_UNSEEN_ROWS = 500, 100, 30
 # Prompts tried per kind: of the training part, of the test part, of the unseen ones there. Some
 # have no couple, and the second wave fills the gaps that the first leaves.
@@ -46,7 +52,6 @@ MAX_NEW_TOKENS = 80
 MIN_P = 0.05
 # Fixed, since the order of sums, and so the text, depends on it.
 THREADS = 2
-BATCH = 64
 DEFAULT_SEED = 7
 
 UNSEEN = ("uppercase", "paragraphs", "min_words", "without")
@@ -568,51 +573,57 @@ def candidates(seed, wave):
     return [job for job in made if job["prompt"] not in earlier]
 
 
-def grouped_attention(module, query, key, value, attention_mask, **options):
-    """The attention of transformers, except that a single new position is done by groups.
+class Answerer:
+    """A model that answers prompts: support/sampler.py on an HF folder, a Hub name or a GGUF file.
 
-    Query heads that share a key head are laid side by side as if they were positions, which spares
-    copying keys and values for each of them: on a CPU some two fifths of the time of a step.
+    min_p  as in Sampler
     """
-    from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    batch, heads, length, size = query.shape
-    if length > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    grouped = query.reshape(batch, key.shape[1], -1, size)
-    out = scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
-    )
-    return out.reshape(batch, 1, heads, size), None
+    def __init__(self, name, dtype="bfloat16", min_p=MIN_P):
+        import torch
+        from transformers.utils import logging
 
+        import data
+        import train_dpo
+        from support.checks import check_model
+        from support.config import read_config
+        from support.model import load_model, place_weights
+        from support.sampler import Sampler
 
-def load(name, dtype="bfloat16"):
-    """Model and tokenizer from an HF folder, a Hub name or a GGUF file."""
-    import torch
-    from transformers import (
-        AttentionInterface,
-        AttentionMaskInterface,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        GgufConfig,
-    )
-    from transformers.masking_utils import sdpa_mask
-    from transformers.utils import logging
+        logging.disable_progress_bar()
+        torch.set_num_threads(THREADS)
+        settings = [f"model={name}", f"dtype={dtype}", "device=cpu"]
+        (config,), _ = read_config(ROOT / "config.yaml", settings)
+        model, self.tokenizer = load_model(config)
+        self.encoder = data.PairEncoder(self.tokenizer)
+        policy = train_dpo.AnswerLogps(model)
+        check_model(policy, [self.encoder.encode(row) for row in read_rows()[:2]], data.make_row)
+        model.requires_grad_(False)
+        place_weights(policy, config)
+        common = (policy, self.tokenizer, self.encoder.end_of_turn, MAX_NEW_TOKENS)
+        self.sampler = Sampler(*common, min_p=min_p)
+        self.greedy = Sampler(*common, temperature=0)
 
-    logging.disable_progress_bar()
-    torch.set_num_threads(THREADS)
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", sdpa_mask)
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "grouped"}
-    extra = {}
-    if str(name).endswith(".gguf"):
-        path = Path(name)
-        name, extra = str(path.parent), {"gguf_file": path.name}
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, **options, **extra).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, **extra)
-    return model, tokenizer
+    def answer(self, conversations, count, seed, greedy=False):
+        """Per conversation `count` answers as (text, tokens, ended by itself)."""
+        from support.processes import progress
+
+        sampler = self.greedy if greedy else self.sampler
+        prompts = []
+        for turns in conversations:
+            roles = ["user", "assistant"]
+            messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+            text = self.encoder.render(messages, add_generation_prompt=True)
+            prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        answers = [None] * len(prompts)
+        with progress("answering", len(prompts), unit="prompt") as bar:
+            for batch in sampler.batches(prompts, count):
+                drawn = sampler.draw(prompts, batch, count, str(seed))
+                for position, found in zip(batch, drawn, strict=True):
+                    told = sampler.tell_all(found)
+                    answers[position] = [(a.text, a.tokens - a.ended, a.ended) for a in told]
+                bar.update(len(batch))
+        return answers
 
 
 def embedded_gguf():
@@ -624,93 +635,30 @@ def embedded_gguf():
     return files[0]
 
 
-def answer_batch(model, prompts, count, generator, greedy, eos):
-    """Per prompt `count` answers as (token ids without the final eos, ended by itself)."""
-    import torch
-
-    width = max(map(len, prompts))
-    ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    total = len(prompts) * count
-    answers, stopped = [[] for _ in range(total)], [False] * total
-    rows = list(range(total))
-    cache = None
-    for _ in range(MAX_NEW_TOKENS):
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = out.logits[:, -1].float()
-        if cache is None:
-            # All answers to a prompt go on from one pass over it.
-            out.past_key_values.batch_repeat_interleave(count)
-            logits, mask, positions = (
-                x.repeat_interleave(count, 0) for x in (logits, mask, positions[:, -1:])
-            )
-        cache = out.past_key_values
-        if greedy:
-            token = logits.argmax(-1)
-        else:
-            weights = torch.softmax(logits, -1)
-            weights[weights < MIN_P * weights.amax(-1, keepdim=True)] = 0
-            sums = weights.cumsum(-1)
-            drawn = torch.rand(len(rows), 1, generator=generator) * sums[:, -1:]
-            # Right of equal sums, so that a weight of 0 is never hit.
-            token = torch.searchsorted(sums, drawn, right=True).squeeze(1)
-            token = token.clamp(max=sums.size(1) - 1)
-        keep = []
-        for i, (row, chosen) in enumerate(zip(rows, token.tolist(), strict=True)):
-            stopped[row] = stopped[row] or chosen == eos
-            if not stopped[row]:
-                answers[row].append(chosen)
-                keep.append(i)
-        if not keep:
-            break
-        # Dropping finished rows copies the cache, so not for every single one.
-        if len(keep) < 0.8 * len(rows):
-            index = torch.tensor(keep)
-            cache.batch_select_indices(index)
-            token, mask, positions = token[index], mask[index], positions[index]
-            rows = [rows[i] for i in keep]
-        ids = token.unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        positions = positions + 1
-    made = list(zip(answers, stopped, strict=True))
-    return [made[i : i + count] for i in range(0, total, count)]
+def read_rows():
+    """The rows of pairs.jsonl."""
+    return [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
 
 
-def sample(model, tokenizer, conversations, count, seed, greedy=False):
-    """Per conversation `count` answers as (text, tokens, ended by itself)."""
-    import torch
+def more_unseen(known, count):
+    """So many further prompts of the kinds in UNSEEN, on the test topics, in turn of each kind."""
+    known = set(known)
+    jobs = []
+    for seed in itertools.count(DEFAULT_SEED + 100):
+        for job in candidates(seed, 0):
+            new = job["prompt"] not in known and kind_of(job) in UNSEEN
+            if new and len(jobs) < count:
+                known.add(job["prompt"])
+                jobs.append(job)
+        if len(jobs) == count:
+            return jobs
 
-    generator = torch.Generator().manual_seed(seed)
-    encoded = []
-    for turns in conversations:
-        roles = ["user", "assistant"]
-        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), i))
-    size = max(1, BATCH // count)
-    answers = [None] * len(encoded)
-    with torch.inference_mode():
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
-            made = answer_batch(
-                model, [encoded[i] for i in part], count, generator, greedy, tokenizer.eos_token_id
-            )
-            for i, found in zip(part, made, strict=True):
-                answers[i] = [
-                    (tokenizer.decode(ids).strip(), len(ids), ended) for ids, ended in found
-                ]
-            print(f"\r{start + len(part)}/{len(order)} prompts", end="", flush=True)
-    print()
-    return answers
+
+def repeats_itself(text):
+    """Whether a run of four words occurs in the text a second time."""
+    found = [word.lower() for word in words(text)]
+    places = [tuple(found[i : i + 4]) for i in range(len(found) - 3)]
+    return len(set(places)) < len(places)
 
 
 def runs(text):
@@ -770,9 +718,9 @@ def couple(good, bad, lead):
     return min(near, key=lambda pair: (gap(pair) * side <= 0, abs(gap(pair))))
 
 
-def sample_jobs(model, tokenizer, jobs, seed):
+def sample_jobs(model, jobs, seed):
     """Give each job good and bad answers as (text, tokens, ended), and the source of the good."""
-    plain = sample(model, tokenizer, [[job["prompt"]] for job in jobs], SAMPLES, seed)
+    plain = model.answer([[job["prompt"]] for job in jobs], SAMPLES, seed)
     for job, answers in zip(jobs, plain, strict=True):
         ended = [a for a in answers if a[2] and usable(a[0])]
         job["good"] = prefer_on_topic(
@@ -784,13 +732,8 @@ def sample_jobs(model, tokenizer, jobs, seed):
         job["passed"] = sum(a[2] and passes(job["check"], a[0]) for a in answers)
 
     lacking = [job for job in jobs if not job["good"] and job["bad"]]
-    hinted = sample(
-        model,
-        tokenizer,
-        [[*job["example"], job["prompt"]] for job in lacking],
-        HINTED_SAMPLES,
-        seed + 1,
-    )
+    conversations = [[*job["example"], job["prompt"]] for job in lacking]
+    hinted = model.answer(conversations, HINTED_SAMPLES, seed + 1)
     for job, answers in zip(lacking, hinted, strict=True):
         job["good"] = [
             a
@@ -806,7 +749,7 @@ def sample_jobs(model, tokenizer, jobs, seed):
             mended = [mend(kind_of(job), argument, a[0], job["topic"]) for a in job["bad"]]
             job["good"] = prefer_on_topic(
                 [
-                    (text, len(tokenizer(text)["input_ids"]), True)
+                    (text, len(model.tokenizer(text)["input_ids"]), True)
                     for text in mended
                     if text and choosable(text, job["check"])
                 ],
@@ -817,7 +760,7 @@ def sample_jobs(model, tokenizer, jobs, seed):
 
 def make(args):
     """Sample, sort into passing and failing, couple, and write the file."""
-    model, tokenizer = load(args.model or embedded_gguf())
+    model = Answerer(args.model or embedded_gguf())
     jobs = []
     for wave in range(1 if args.limit else len(WAVES)):
         part = candidates(args.seed, wave)
@@ -825,7 +768,7 @@ def make(args):
             # A sixth of them from the test part, as in the whole.
             test = [job for job in part if job["split"] == "test_prefs"][: args.limit // 6]
             part = part[: args.limit - len(test)] + test
-        sample_jobs(model, tokenizer, part, args.seed + 2 * wave)
+        sample_jobs(model, part, args.seed + 2 * wave)
         jobs += part
     # Training rows first, each part in the order of the waves.
     jobs.sort(key=lambda job: job["split"], reverse=True)
@@ -896,10 +839,10 @@ def score(args):
 
     An answer counts as passing if it fulfils the check and ended by itself.
     """
-    rows = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if row["split"] == "test_prefs"]
+    rows = [row for row in read_rows() if row["split"] == "test_prefs"]
     if args.limit:
         rows = rows[: args.limit]
+    rows += more_unseen([row["prompt"] for row in rows], args.more_unseen)
     kinds = [kind_of(row) for row in rows]
     groups = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in CHECKS}
     groups["all seen"] = [i for i, k in enumerate(kinds) if k in SEEN]
@@ -911,23 +854,28 @@ def score(args):
 
     shares, greedy = [], []
     for name in args.score:
-        model, tokenizer = load(name, args.dtype)
-        answers = sample(model, tokenizer, prompts, args.samples, args.seed)
-        share = [
-            statistics.mean(a[2] and passes(row["check"], a[0]) for a in found)
-            for row, found in zip(rows, answers, strict=True)
-        ]
+        model = Answerer(name, args.dtype, args.min_p)
+        answers = model.answer(prompts, args.samples, args.seed)
+        share, best = [], []
+        for row, found in zip(rows, answers, strict=True):
+            passed = [a[2] and passes(row["check"], a[0]) for a in found]
+            share.append(statistics.mean(passed))
+            best.append(max(passed))
         shares.append(share)
         ended = [statistics.mean(a[2] for a in found) for found in answers]
         tokens = statistics.mean(a[1] for found in answers for a in found)
+        of_ended = statistics.mean(a[1] for found in answers for a in found if a[2])
+        likeliest = model.answer(prompts, 1, args.seed, greedy=True)
+        repeated = statistics.mean(repeats_itself(found[0][0]) for found in likeliest)
         print(
             f"{name}: {args.samples} answers to each of {len(rows)} prompts; "
             f"{statistics.mean(ended):.0%} ended within {MAX_NEW_TOKENS} tokens; "
-            f"{tokens:.0f} tokens on average"
+            f"{tokens:.0f} tokens on average, {of_ended:.1f} of those that ended; "
+            f"{repeated:.1%} of greedy answers repeat themselves"
         )
         print(
             "pass share with normal 95 % interval of per-prompt means, rough for single checks;\n"
-            "[pass share among the answers that ended]"
+            f"[pass share among the answers that ended], best of {args.samples}"
             + ("; difference to the first model, paired by prompt" if len(shares) > 1 else "")
         )
         for group, members in groups.items():
@@ -936,13 +884,12 @@ def score(args):
             mean, half = interval([share[i] for i in members])
             among = sum(share[i] for i in members) / (sum(ended[i] for i in members) or math.nan)
             line = f"  {group:11}{len(members):4} prompts {mean:7.1%} ± {half:5.1%} [{among:6.1%}]"
+            line += f" {statistics.mean(best[i] for i in members):6.1%}"
             if len(shares) > 1:
                 mean, half = interval([share[i] - shares[0][i] for i in members])
                 line += f"   {100 * mean:+6.1f} ± {100 * half:.1f} points"
             print(line)
-        greedy.append(
-            sample(model, tokenizer, [prompts[i] for i in shown], 1, args.seed, greedy=True)
-        )
+        greedy.append([likeliest[i] for i in shown])
     for place, i in enumerate(shown):
         print(f"\nprompt ({rows[i]['check']}): {rows[i]['prompt']}")
         for name, found in zip(args.score, greedy, strict=True):
@@ -976,6 +923,16 @@ def main():
         help="with --score: greedy answers to the first N test rows of distinct checks",
     )
     parser.add_argument("--dtype", default="bfloat16", help="for --score")
+    parser.add_argument(
+        "--min-p", type=float, default=MIN_P, help="for --score; 0 draws by the model's own shares"
+    )
+    parser.add_argument(
+        "--more-unseen",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --score: so many further prompts of the unseen kinds",
+    )
     args = parser.parse_args()
     score(args) if args.score else make(args)
 
