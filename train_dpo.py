@@ -230,10 +230,9 @@ def train(setup, config, folder):
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
 
             evaluation = evaluation_due(setup, config, step, total)
-            # a reward, which is a user's, may fail in an evaluation
-            saving = (
-                step == total or is_due(step, config.save_every) or (evaluation and setup.first)
-            )
+            saving = step == total or is_due(step, config.save_every)
+            if evaluation and setup.first is not None:
+                saving = True  # for the reward, which is a user's, may fail
             # no checkpoint amid skipped steps unless asked to stop: a resumed run counts them anew
             due = skipped_in_a_row == 0 and saving
             if due:
