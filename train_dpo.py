@@ -177,9 +177,10 @@ def run(configs, varied, options):
 
 
 def run_rounds(config, options):
-    """Iterative DPO: in each round the model as it is answers prompts, a reward tells which of its
-    answers are better, and it is trained on these against the worse; each round is a run of its
-    own.
+    """Iterative DPO: rounds of runs, each on the model's own answers to prompts.
+
+    In each the model as it is answers, a reward tells which of its answers are better, and it is
+    trained on these against the worse (support/rounds.py).
     """
     for number in range(1, config.rounds + 1):
         one = rounds.config_of(config, number)
@@ -230,9 +231,9 @@ def train(setup, config, folder):
                 raise FloatingPointError("not finite three times running: lower lr or use float32")
 
             evaluation = evaluation_due(setup, config, step, total)
-            saving = step == total or is_due(step, config.save_every)
-            if evaluation and setup.first is not None:
-                saving = True  # for the reward, which is a user's, may fail
+            # a reward, which is a user's, may fail in an evaluation
+            before_a_reward = evaluation and setup.first is not None
+            saving = step == total or is_due(step, config.save_every) or before_a_reward
             # no checkpoint amid skipped steps unless asked to stop: a resumed run counts them anew
             due = skipped_in_a_row == 0 and saving
             if due:
