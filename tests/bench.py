@@ -4,6 +4,7 @@
     python tests/bench.py --model FOLDER --dataset pairs.jsonl --sweep 9    a run of a sweep of nine
     python tests/bench.py --growth                                  length, vocabulary, pairs
     python tests/bench.py --model FOLDER --dataset pairs.jsonl --data    reading many records
+    python tests/bench.py --model FOLDER --dataset pairs.jsonl --sampling    drawing answers
 
 The comparison needs `pip install trl==1.16.0`, in this environment or in the one whose interpreter
 --trl-python names. Each measurement is a process of its own, the two sides take turns, and medians
@@ -289,6 +290,69 @@ def measure_data(options):
     }
 
 
+def measure_sampling(options):
+    """Answers drawn by the project's sampler, or by transformers' generate with padding.
+
+    One core, bfloat16, temperature 1, eight answers of at most 80 tokens to each prompt; seconds
+    are the process's own.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    import train_dpo
+    from support.config import Config
+    from support.model import place_weights
+    from support.sampler import Sampler
+
+    torch.set_num_threads(1)
+    settings = {"model": options.model, "dataset": options.dataset, "dtype": "bfloat16"}
+    config = Config(**settings, eval_pairs=0, train_pairs=options.pairs, device="cpu")
+    setup = train_dpo.load(config)
+    setup.model.requires_grad_(False)
+    place_weights(setup.policy, config)
+    prompts = [list(pair.prompt_ids) for pair in setup.pairs["train"]]
+    sampler = Sampler(setup.policy, setup.tokenizer, setup.end_of_turn, max_new_tokens=80)
+    tokens = 0
+    start = time.process_time()
+    if not options.precompute:
+        for batch in sampler.batches(prompts, 8):
+            for answers in sampler.draw(prompts, batch, 8, "bench"):
+                tokens += sum(len(answer.ids) for answer in answers)
+        return {"tokens": tokens / (time.process_time() - start)}
+    setup.policy.share_prompts(False)
+    generation = GenerationConfig(
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=80,
+        num_return_sequences=8,
+        eos_token_id=setup.end_of_turn,
+        pad_token_id=setup.end_of_turn,
+    )
+    setup.tokenizer.padding_side = "left"
+    order = sorted(range(len(prompts)), key=lambda position: len(prompts[position]))
+    for first in range(0, len(order), 8):
+        ids = [prompts[position] for position in order[first : first + 8]]
+        inputs = setup.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        found = setup.model.generate(**inputs, generation_config=generation)
+        for row in found[:, inputs["input_ids"].shape[1] :].tolist():
+            end = row.index(setup.end_of_turn) + 1 if setup.end_of_turn in row else len(row)
+            tokens += end
+    return {"tokens": tokens / (time.process_time() - start)}
+
+
+def compare_sampling(options):
+    """Both ways of drawing answers in turn; prints tokens a second of one core."""
+    print("| side | tokens/s |\n| --- | --- |")
+    found = {"this project": [], "transformers' generate": []}
+    for _ in range(1 + options.repeats):
+        for side, precompute in zip(found, (False, True), strict=True):
+            result = run_side(options, "sampling", precompute=precompute)
+            found[side].append(result["tokens"])
+    for side, (_, *rates) in found.items():
+        print(f"| {side} | {statistics.median(rates):.0f} |", flush=True)
+
+
 def write_many(source, folder, count):
     """Files of so many records: those of a set again and again, with other texts each time."""
     from datasets import Dataset
@@ -443,6 +507,7 @@ if __name__ == "__main__":
     parser.add_argument("--trl-python", default=sys.executable)
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--data", action="store_true")
+    parser.add_argument("--sampling", action="store_true")
     for name in ("side", "out", "ids"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
@@ -455,9 +520,12 @@ if __name__ == "__main__":
         "trl": measure_trl,
         "growth": measure_growth,
         "data": measure_data,
+        "sampling": measure_sampling,
     }
     if arguments.data:
         read_many(arguments)
+    elif arguments.sampling:
+        compare_sampling(arguments)
     elif arguments.side:
         Path(arguments.out).write_text(json.dumps(sides[arguments.side](arguments)))
     else:
