@@ -24,8 +24,26 @@ def check_reward(config):
 
     raises   InputError
     """
-    if config.reward and _is_function(config.reward):
+    if not config.reward:
+        return
+    if _is_function(config.reward):
         _load_function(config.reward)
+        return
+
+    def load(path):
+        options = {"trust_remote_code": config.trust_remote_code}
+        return transformers.AutoConfig.from_pretrained(path, **options)
+
+    _check_labels(config, open_source(config.reward, "model", config.offline, load))
+
+
+def _check_labels(config, shape):
+    """Refuse a model that tells more of a text than a reward; `shape` is its config.json."""
+    if shape.num_labels != 1:
+        raise InputError(
+            f"reward {config.reward}: it tells {shape.num_labels} numbers of a text, and a reward "
+            "model tells one (num_labels in its config.json)"
+        )
 
 
 def score_answers(config, pairs, answers):
@@ -167,11 +185,7 @@ def _load_model(config):
 
     with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
         model, tokenizer = open_source(config.reward, "model", config.offline, load)
-    if model.config.num_labels != 1:
-        raise InputError(
-            f"reward {config.reward}: it tells {model.config.num_labels} numbers of a text, and a "
-            "reward model tells one (num_labels in its config.json)"
-        )
+    _check_labels(config, model.config)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().to(config.device), tokenizer
