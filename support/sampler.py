@@ -3,6 +3,7 @@
 An answer's random numbers are seeded by its prompt and its number, not by the batch it is drawn in.
 """
 
+import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -62,7 +63,11 @@ class Sampler:
         ends = policy.model.generation_config.eos_token_id
         known = ends if isinstance(ends, list) else [ends]
         self.ends = {end_of_turn, *known} - {None}
-        self.stops = sorted(self.ends | set(tokenizer.all_special_ids))
+        control = set(tokenizer.all_special_ids)
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            if token.special:  # not all of them have a role, which all_special_ids asks for
+                control.add(token_id)
+        self.stops = sorted(self.ends | control)
         self.device = policy.model.device
         self.shape = policy.model.config.get_text_config()
         self.positions = getattr(self.shape, "max_position_embeddings", None) or math.inf
@@ -96,7 +101,9 @@ class Sampler:
         return batches
 
     def _bytes_a_token(self):
-        """Bytes of a token's keys and values in all layers."""
+        """Bytes of a token's keys and values in all layers, where a KVCache holds them."""
+        if not self.policy.takes_kv_cache:
+            return 1  # and a model without attention has no heads to count
         heads = self.shape.num_attention_heads
         usual = self.shape.hidden_size // heads
         head_dim = getattr(self.shape, "head_dim", None) or usual
@@ -149,7 +156,7 @@ class Sampler:
         return Answer(ids, ids[-1] in self.ends)
 
     def _draw(self, prompts, batch, count, seed):
-        """(answers, max_new_tokens) int64: tokens, those after a stop being of no meaning."""
+        """(answers, max_new_tokens) int64: tokens, and NONE after an answer's last."""
         ids, lengths = _pad_right([prompts[position] for position in batch])
         width = ids.shape[1]
         cache = KVCache(count, width + self.max_new_tokens)
@@ -161,12 +168,13 @@ class Sampler:
         tokens = torch.full(uniform.shape, NONE)
         going = torch.arange(len(tokens))  # the answers that are in the batch still
         stopped = torch.zeros(len(tokens), dtype=torch.bool)
-        position = lengths.repeat_interleave(count)
+        position = lengths.repeat_interleave(count)  # of each one's next token
         for step in range(self.max_new_tokens):
             token = self._pick(logits, uniform[going, step])
-            tokens[going, step] = token
+            tokens[going[~stopped], step] = token[~stopped]
             stopped |= torch.isin(token, torch.tensor(self.stops))
-            full = step + 1 == self.max_new_tokens or int(position.max()) >= self.positions
+            stopped |= position + 1 >= self.positions
+            full = step + 1 == self.max_new_tokens
             if not any_of(not (full or stopped.all()), self.device):
                 break
             keep = _going_on(stopped)
@@ -179,7 +187,8 @@ class Sampler:
             cache.next_token(position)
             first = torch.zeros_like(token)
             logits = self.policy.next_logits(token[:, None], position[:, None], cache, first)
-            position = position + 1
+            # one that has stopped stays where the model has a position
+            position = torch.where(stopped, position, position + 1)
         return tokens
 
     def _pick(self, logits, uniform):
@@ -190,7 +199,7 @@ class Sampler:
         if self.temperature == 0:
             return logits.argmax(1)
         logits = logits.float() / self.temperature
-        largest = logits.amax(1, keepdim=True)
+        largest = _largest(logits)
         weights = (logits - largest).exp_()
         weights.masked_fill_(weights < self.min_p, 0)
         missing = -weights.shape[1] % BLOCK
@@ -208,7 +217,6 @@ class Sampler:
         if not self.said:
             say("Answers are drawn by transformers' generate, a prompt at a time")
             self.said = True
-        # a config of its own: the model's may punish repetition
         settings = transformers.GenerationConfig(
             do_sample=False, eos_token_id=self.stops, pad_token_id=self.stops[0]
         )
@@ -228,10 +236,44 @@ class Sampler:
             ids = torch.tensor([list(prompts[position])], device=self.device)
             length = ids.shape[1]
             settings.max_new_tokens = max(1, min(self.max_new_tokens, self.positions - length))
-            output = self.policy.generate(ids, settings, attention_mask=torch.ones_like(ids))
+            with _without_settings(self.policy.model):
+                output = self.policy.generate(
+                    ids,
+                    settings,
+                    attention_mask=torch.ones_like(ids),
+                    logits_processor=[_check_logits] if self.temperature > 0 else [],
+                )
             answers = output[:, length:]
             row[:, : answers.shape[1]] = answers
         return tokens
+
+
+@contextlib.contextmanager
+def _without_settings(model):
+    """A model's own generation settings, such as a penalty for repetition, out of the way."""
+    own = model.generation_config
+    model.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _largest(logits):
+    """(n, 1): the largest of each row of logits, (n, v).
+
+    raises   FloatingPointError where there is none to draw by
+    """
+    largest = logits.amax(1, keepdim=True)
+    if not largest.isfinite().all():
+        raise FloatingPointError("the model's predictions are not finite: lower lr or use float32")
+    return largest
+
+
+def _check_logits(input_ids, logits):
+    """A LogitsProcessor that lets no token be drawn of what is not finite."""
+    _largest(logits)
+    return logits
 
 
 def _going_on(stopped):
@@ -283,7 +325,7 @@ def _inverse(weights, target):
     target = torch.minimum(target, most)[:, None]
     place = torch.searchsorted(sums, target, right=True)
     before = sums.gather(1, place) - weights.gather(1, place)
-    rest = target - before
+    rest = (target - before).clamp(min=0)  # nor before the first one
     return place.squeeze(1), rest.squeeze(1)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import train_dpo
-from helpers import CONFIG, Output, build_model, build_tokenizer, records, write_jsonl
+from helpers import CONFIG, Output, build_model, build_tokenizer, records, write_jsonl, write_model
 from support import sources
 from support.config import read_config
 
@@ -72,6 +72,13 @@ def tiny_model(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory):
+    """A folder with a tiny Llama whose answers are short, for many tokens end one."""
+    folder = tmp_path_factory.mktemp("talker")
+    return write_model(folder, ends=list(range(10, 70)))
 
 
 @pytest.fixture(scope="session")

@@ -98,10 +98,16 @@ def build_model(family, vocab_size=300, seed=0, **changes):
     return model
 
 
-def write_model(folder, family="llama", tokenizer=None, **changes):
-    """A folder with a tiny model and its chat tokenizer; returns its path as text."""
+def write_model(folder, family="llama", tokenizer=None, ends=None, **changes):
+    """A folder with a tiny model and its chat tokenizer; returns its path as text.
+
+    ends  token ids that end its answers, beside the template's
+    """
     tokenizer = tokenizer or build_tokenizer()
-    build_model(family, len(tokenizer), **changes).save_pretrained(folder)
+    model = build_model(family, len(tokenizer), **changes)
+    if ends:
+        model.generation_config.eos_token_id = ends
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
