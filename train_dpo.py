@@ -471,7 +471,7 @@ def other_reference(setup, config):
 def other_policy(setup, config, setting):
     """The model of a setting, reference_model or kl_model, where the pairs are right for it."""
     policy = AnswerLogps(load_other(config, setting, setup.tokenizer))
-    check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row)
+    check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row, config)
     return policy
 
 
@@ -486,7 +486,7 @@ def load(config, dry=False):
     look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
     pairs, drops = data.load_pairs(config, tokenizer, look)
     policy = AnswerLogps(model)
-    check_model(policy, pairs["train"] + pairs["eval"], data.make_row)
+    check_model(policy, pairs["train"] + pairs["eval"], data.make_row, config)
     return Setup(
         policy=policy,
         tokenizer=tokenizer,

@@ -94,13 +94,14 @@ def check_noise(policy, row):
 
 
 @torch.no_grad()
-def choose_layout(policy, pairs, make_row, tolerance=1e-3):
+def choose_layout(policy, pairs, make_row, sampled=0, tolerance=1e-3):
     """Let the policy share prompts if that gives what separate sequences give.
 
     Compared is the longest pair, within `tolerance` nats a token. Sequences beyond the model's
     sliding window never share, nor does a model whose LM head has a bias, which token_logps would
     leave out.
 
+    sampled  tokens of the longest sequence that will be sampled, and scored as the pairs are
     returns  whether prompts are shared
     """
     longest = max(pairs, key=lambda pair: pair.length)
@@ -117,7 +118,7 @@ def choose_layout(policy, pairs, make_row, tolerance=1e-3):
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             say(f"The model refuses rows that share a prompt: {first_line(error)}")
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or math.inf
-    shared = difference <= tolerance and longest.length <= window
+    shared = difference <= tolerance and max(longest.length, sampled) <= window
     policy.share_prompts(shared)
     layout = "shared prompts" if shared else "separate sequences"
     say(
@@ -127,19 +128,23 @@ def choose_layout(policy, pairs, make_row, tolerance=1e-3):
     return shared
 
 
-def check_model(policy, pairs, make_row):
+def check_model(policy, pairs, make_row, config):
     """All checks before training; sets the policy's layout.
 
     policy    AnswerLogps, with its model in float32 in main memory
     pairs     list of data.Pair
     make_row  data.make_row
+    config    a run's settings: with a reward, answers to the prompts will be sampled, and scored
     raises    InputError
     """
     check_tokens(policy.model, pairs)
     shortest = min(pairs, key=lambda pair: pair.length)
     try:
         check_causal(policy.model, shortest)
-        choose_layout(policy, pairs, make_row)
+        sampled = 0
+        if config.reward:
+            sampled = max(len(pair.prompt_ids) for pair in pairs) + config.max_new_tokens
+        choose_layout(policy, pairs, make_row, sampled)
         check_cache(policy, shortest)
         check_noise(policy, make_row([shortest], [0]))
     except IndexError as error:  # a position without an embedding of its own
