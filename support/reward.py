@@ -6,21 +6,22 @@ import json
 import math
 import numbers
 import os
-from pathlib import Path
+import sys
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
 from support.errors import InputError, first_line
-from support.processes import fail_together, is_first, sum_over_processes
+from support.processes import WORLD, fail_together, is_first, sum_over_processes
 from support.sources import announce_download, open_source
 
 AT_ONCE = 8  # texts that a reward model reads together
-ORIGINAL = "record"  # column of a round's files that holds the record a prompt came from
+ORIGINAL = "original_record"  # column of a round's files that holds the record a prompt came from
 
 
 def check_reward(config):
-    """Refuse a reward that is not there, before anything is computed.
+    """Refuse a reward that is not there, before anything is computed; no weights are read.
 
     raises   InputError
     """
@@ -29,12 +30,7 @@ def check_reward(config):
     if _is_function(config.reward):
         _load_function(config.reward)
         return
-
-    def load(path):
-        options = {"trust_remote_code": config.trust_remote_code}
-        return transformers.AutoConfig.from_pretrained(path, **options)
-
-    _check_labels(config, open_source(config.reward, "model", config.offline, load))
+    _check_labels(config, _open(config, transformers.AutoConfig))
 
 
 def _check_labels(config, shape):
@@ -44,6 +40,21 @@ def _check_labels(config, shape):
             f"reward {config.reward}: it tells {shape.num_labels} numbers of a text, and a reward "
             "model tells one (num_labels in its config.json)"
         )
+
+
+def _open(config, kind, **options):
+    """What from_pretrained of a class of transformers gives for the reward model's name."""
+
+    def load(path):
+        if not os.path.exists(path):
+            announce_download(path, "main")
+        return kind.from_pretrained(path, trust_remote_code=config.trust_remote_code, **options)
+
+    try:
+        with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
+            return open_source(config.reward, "model", config.offline, load)
+    except InputError as error:
+        raise InputError(f"reward: {error}") from error
 
 
 def score_answers(config, pairs, answers):
@@ -60,7 +71,9 @@ def score_answers(config, pairs, answers):
     with fail_together(config.device):
         if is_first():
             rewards = _score(config, pairs, answers)
-    return sum_over_processes(rewards.float().to(config.device)).double().cpu()
+    if WORLD == 1:
+        return rewards
+    return sum_over_processes(rewards.to(config.device)).cpu()
 
 
 def is_verifier(rewards):
@@ -96,11 +109,13 @@ def _load_function(reward):
     path, _, name = reward.rpartition(":")
     if not os.path.isfile(path):
         raise InputError(f"reward {reward}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # under a name that hides no other module
+    spec = importlib.util.spec_from_file_location(f"reward of {path}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file may raise
+    except (Exception, SystemExit) as error:  # whatever a user's file may raise
         raise InputError(f"reward {reward}: {path} fails: {first_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -116,15 +131,27 @@ def _by_function(reward, asked):
         where = f"for the prompt {messages[-1]['content']!r:.300}, answer {answer!r:.300}"
         try:
             value = function(messages, answer, record)
-        except Exception as error:  # whatever a user's function may raise
+        except (Exception, SystemExit) as error:  # whatever a user's function may raise
             raise InputError(f"reward {reward} fails: {first_line(error)}, {where}") from error
-        is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
-        if not is_number or not math.isfinite(value):
+        number = _as_number(value)
+        if not math.isfinite(number):
             raise InputError(
                 f"reward {reward} is to return a finite number, not {value!r}, {where}"
             )
-        rewards.append(float(value))
+        rewards.append(number)
     return rewards
+
+
+def _as_number(value):
+    """A number of Python, numpy or torch as a float; nan for anything else."""
+    scalar = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
+    other = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    if not scalar or other or isinstance(value, str | bytes):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
 
 
 @torch.no_grad()
@@ -139,11 +166,13 @@ def _by_model(config, asked):
     for messages, answer, _ in asked:
         encoded.append(_encode(tokenizer, messages, answer))
     order = sorted(range(len(asked)), key=lambda number: len(encoded[number]["input_ids"]))
-    at_once = AT_ONCE if tokenizer.pad_token_id is not None else 1
+    # the model tells a text's last token by its own padding, which need not be the tokenizer's
+    padding = model.config.pad_token_id
+    at_once = 1 if padding is None else AT_ONCE
     for start in range(0, len(order), at_once):
         part = order[start : start + at_once]
-        inputs = tokenizer.pad([encoded[number] for number in part], return_tensors="pt")
-        scores = model(**inputs.to(config.device)).logits.float()
+        inputs = _pad_right([encoded[number] for number in part], padding or 0, config.device)
+        scores = model(**inputs).logits.float()
         for number, reward in zip(part, scores.squeeze(1).tolist(), strict=True):
             if not math.isfinite(reward):
                 prompt = asked[number][0][-1]["content"]
@@ -162,30 +191,30 @@ def _encode(tokenizer, messages, answer):
     return tokenizer(prompt, answer, truncation="longest_first")
 
 
+def _pad_right(encoded, padding, device):
+    """What a tokenizer gives for several texts, as the inputs of one pass."""
+    inputs = {}
+    for name in encoded[0]:
+        rows = [torch.tensor(text[name]) for text in encoded]
+        filler = padding if name == "input_ids" else 0
+        padded = pad_sequence(rows, batch_first=True, padding_value=filler)
+        inputs[name] = padded.to(device)
+    return inputs
+
+
 def _load_model(config):
     """The reward model on the run's device, and its tokenizer."""
-
-    def load(path):
-        if not os.path.exists(path):
-            announce_download(path, "main")
-        options = {"trust_remote_code": config.trust_remote_code}
-        model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
+    model, found = _open(
+        config,
+        transformers.AutoModelForSequenceClassification,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise InputError(
+            f"reward {config.reward}: its files hold no weights for "
+            f"{', '.join(sorted(found['missing_keys']))}: it is no reward model"
         )
-        if found["missing_keys"]:
-            raise InputError(
-                f"reward {config.reward}: its files hold no weights for "
-                f"{', '.join(sorted(found['missing_keys']))}: it is no reward model"
-            )
-        return model, transformers.AutoTokenizer.from_pretrained(path, **options)
-
-    with open(os.devnull, "w") as silent, contextlib.redirect_stderr(silent):
-        model, tokenizer = open_source(config.reward, "model", config.offline, load)
     _check_labels(config, model.config)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model.eval().to(config.device), tokenizer
+    return model.eval().to(config.device), _open(config, transformers.AutoTokenizer)
