@@ -53,7 +53,12 @@ PHASES = {
 
 
 # where a function is looked up that train_dpo does not call by its own name
-ROOMS = {"draw_curves": report, "write_atomically": files}
+ROOMS = {
+    "draw_curves": report,
+    "finish": report,
+    "save_model": report,
+    "write_atomically": files,
+}
 
 
 def write_config(folder):
@@ -259,7 +264,8 @@ def _child(request, writing):
         return told
 
     for name in PHASES:
-        setattr(train_dpo, name, tell(name, getattr(train_dpo, name)))
+        module = ROOMS.get(name, train_dpo)
+        setattr(module, name, tell(name, getattr(module, name)))
     try:
         code = train_dpo.main(request["argv"])
     except SystemExit as stop:

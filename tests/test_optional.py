@@ -28,7 +28,7 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from support import dry_run, machine, processes
+from support import dry_run, machine, processes, report
 from support.config import Config, read_config
 from support.four_bit import FourBitLinear, count_weights
 from support.model import load_model
@@ -594,7 +594,7 @@ def test_an_adapter_on_4_bits_names_its_base_and_says_how_to_load_it(bits, dpo, 
 def test_a_run_on_4_bits_goes_on_only_on_the_model_it_began_with(bits, dpo, tmp_path, capsys):
     bits["model"] = write_model(tmp_path / "base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_dpo, "finish", lambda *_: None)
+        patch.setattr(report, "finish", lambda *_: None)
         assert dpo(**bits, save_every=1) == 0
     write_model(tmp_path / "base", seed=7)
     assert dpo(**bits, save_every=1) == 2

@@ -38,6 +38,7 @@ from helpers import (
     write_jsonl,
     write_model,
 )
+from support import report
 from support.checks import choose_layout
 from support.config import Config, read_config
 from support.intervals import summarize
@@ -716,7 +717,7 @@ def test_a_run_does_not_go_on_against_a_reference_that_changed(
     shutil.copytree(other_model, tmp_path / "reference")
     settings = {"reference_model": "reference", "save_every": 1, "reference_cache": "cache"}
     with monkeypatch.context() as patch:
-        patch.setattr(train_dpo, "finish", lambda *_: sys.exit(9))
+        patch.setattr(report, "finish", lambda *_: sys.exit(9))
         with pytest.raises(SystemExit):
             dpo(**settings)
     write_model(tmp_path / "reference", "gpt2", seed=6, n_layer=1)
