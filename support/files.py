@@ -29,10 +29,10 @@ def write_text(path, text):
 
 
 def write_records(path, records):
-    """Write a JSONL file of dicts, whole or not at all."""
+    """Write a JSONL file of dicts, whole or not at all; what JSON has no form for becomes text."""
     lines = []
     for record in records:
-        lines.append(json.dumps(record) + "\n")
+        lines.append(json.dumps(record, default=str) + "\n")
     write_text(path, "".join(lines))
 
 
