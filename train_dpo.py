@@ -182,11 +182,13 @@ def run_rounds(config, options):
     In each the model as it is answers, a reward tells which of its answers are better, and it is
     trained on these against the worse (support/rounds.py).
     """
+    if options.overwrite:
+        rounds.begin_anew(config)
     for number in range(1, config.rounds + 1):
         one = rounds.config_of(config, number)
         folder = Path(one.output_dir)
-        if not is_finished(folder, one, options.overwrite):
-            with claim(folder, one, options.overwrite):
+        if not is_finished(folder, one):
+            with claim(folder, one, overwrite=False):
                 if not (folder / PAIRS).exists():
                     wanted = rounds.pairs_wanted(config, number)
                     setup = load(replace(config, model=one.model, train_pairs=wanted))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from support.checkpoint import ANSWERS, PAIRS
+from support.checkpoint import ANSWERS, PAIRS, claim, is_finished
 from support.errors import InputError
 from support.files import write_atomically, write_records, write_text
 from support.processes import is_first, progress, say, wait_for_all
@@ -64,6 +64,22 @@ def config_of(config, number):
         train_pairs=0,
         output_dir=str(folder_of(config, number)),
     )
+
+
+def begin_anew(config):
+    """Remove what all rounds have left, the last first: a later one would pass for this run's.
+
+    raises   InputError, as is_finished and claim do
+    """
+    last = config.rounds
+    while folder_of(config, last + 1).exists():
+        last += 1
+    for number in range(last, 0, -1):
+        folder = folder_of(config, number)
+        one = config_of(config, number)
+        if folder.exists() and not is_finished(folder, one, overwrite=True):
+            with claim(folder, one, overwrite=True):
+                pass
 
 
 def pairs_wanted(config, number):
