@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM
 import dpo_loss
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
-from support import checkpoint, files, processes, report, run_log
+from support import checkpoint, files, processes, report, rounds, run_log
 from support.checkpoint import claim
 from support.config import Config, _Loader, read_config
 from support.errors import InputError
@@ -49,6 +49,8 @@ PHASES = {
     "save_checkpoint": "checkpoint",
     "finish": "finishing",
     "save_model": "model",
+    "make_pairs": "sampling",
+    "score_answers": "scoring",
 }
 
 
@@ -58,6 +60,8 @@ ROOMS = {
     "finish": report,
     "save_model": report,
     "write_atomically": files,
+    "make_pairs": rounds,
+    "score_answers": rounds,
 }
 
 
