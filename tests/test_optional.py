@@ -617,3 +617,39 @@ def test_4_bits_are_in_the_estimate_of_memory(bits, ready):
 def test_4_bits_without_an_adapter_are_wrong_input(dpo, capsys):
     assert dpo(load_in_4bit=True) == 2
     assert "add lora_r=16, or set load_in_4bit to false" in capsys.readouterr().out
+
+
+JUDGE = "def judge(messages, answer, record):\n    return len(answer)\n"
+ROUNDS = ADAPTER | {
+    "reward": "judge.py:judge",
+    "rounds": 3,
+    "samples_per_prompt": 8,
+    "eval_samples": 2,
+    "max_new_tokens": 8,
+    "train_pairs": 3,
+    "lr": 1e-2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora_merge": True}, {"round_reference": "first"}, {"dtype": "bfloat16"}]
+)
+def test_each_round_trains_an_adapter_on_the_model_of_the_one_before(peft, dpo, talker, changes):
+    Path("judge.py").write_text(JUDGE)
+    assert dpo(**ROUNDS | {"model": talker} | changes) == 0
+    divergences = []
+    for number in (1, 2, 3):
+        rows = read_metrics(f"out/round_{number}")
+        evaluations = [row for row in rows if row["split"] == "eval"]
+        divergences += [row["samples/kl"] for row in evaluations]
+        first = next(row for row in rows if row["split"] == "train")
+        is_kept = number == 1 or "round_reference" not in changes
+        assert is_kept == (first["loss"] == pytest.approx(math.log(2), abs=1e-6))
+    assert divergences[0] == 0 and all(divergences[1:])
+    exact = 0.5 if "dtype" in changes else 1e-4
+    assert divergences[1::2][:2] == pytest.approx(divergences[2::2], abs=exact)
+    (config,), _ = read_config(CONFIG, ["model=out/round_3/model", "dtype=float32", "device=cpu"])
+    last, _ = load_model(config)
+    start = AutoModelForCausalLM.from_pretrained(talker)
+    pairs = zip(last.parameters(), start.parameters(), strict=True)
+    assert any((mine.data - its.data).abs().max() > 1e-3 for mine, its in pairs)

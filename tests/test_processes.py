@@ -193,6 +193,63 @@ def test_what_the_first_process_alone_finds_wrong_ends_the_others_too(start):
     assert "[rank1]" not in errors, errors
 
 
+ROUNDS = {
+    "rounds": 2,
+    "reference_model": None,
+    "loss": "sigmoid",
+    "keep": "last",
+    "lr": 1e-3,
+    "epochs": 1,
+    "train_pairs": 3,
+    "samples_per_prompt": 5,
+    "eval_samples": 3,
+    "max_new_tokens": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def in_rounds(talker, tmp_path_factory):
+    """Settings of a run of two rounds whose reward is the length of an answer."""
+    path = tmp_path_factory.mktemp("reward") / "judge.py"
+    path.write_text("def judge(messages, answer, record):\n    return len(answer) / 7\n")
+    return ROUNDS | {"model": talker, "reward": f"{path}:judge"}
+
+
+def test_two_processes_sample_train_and_measure_rounds_as_one(finish, in_rounds):
+    one, two = (finish(f"rounds{number}", number, **in_rounds) for number in (1, 2))
+    assert two[1].count("round 2: 3 pairs of 3 prompts; 15 answers") == 1
+    for number in (1, 2):
+        folders = [folder / f"round_{number}" for folder, _ in (one, two)]
+        pairs = [(folder / "pairs.jsonl").read_bytes() for folder in folders]
+        assert pairs[0] == pairs[1] and pairs[0].count(b"\n") == 3
+        assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
+        evaluations = [read_metrics(folder, "eval") for folder in folders]
+        for rows in zip(*evaluations, strict=True):
+            names = [name for name in rows[0] if name.startswith("samples/")]
+            assert len(names) > 12
+            for name in names:
+                assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-4), name
+    first = read_metrics(two[0] / "round_1", "eval")[0]
+    assert first["samples/kl"] == 0 and first["samples/reward"] > 0
+
+
+def test_a_reward_that_fails_ends_all_processes_with_one_message_and_keeps_the_answers(
+    start, finish, in_rounds, tmp_path
+):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def judge(messages, answer, record):\n    return None\n")
+    given = in_rounds | {"reward": f"{judge}:judge", "rounds": 1, "eval_samples": 0}
+    folder, process = start("failing", 2, **given)
+    printed, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and "[rank1]" not in errors, errors
+    assert printed.count("is to return a finite number, not None, for the prompt") == 1
+    answers = (folder / "round_1/answers.jsonl").read_bytes()
+    assert answers.count(b"\n") == 4
+    judge.write_text("def judge(messages, answer, record):\n    return len(answer)\n")
+    finish("failing", 2, **given)
+    assert (folder / "round_1/answers.jsonl").read_bytes() == answers
+
+
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder and no pairs")
 def test_two_processes_give_the_losses_of_one_on_the_real_model(finish):
     model, pairs = os.environ["SMOLLM2"].split(",")
