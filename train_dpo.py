@@ -60,6 +60,7 @@ from support.intervals import summarize
 from support.machine import matmul_peak, operations_a_token, resolve_machine
 from support.model import (
     add_adapter,
+    check_other,
     load_model,
     load_other,
     place_weights,
@@ -485,6 +486,8 @@ def load(config, dry=False):
     """
     check_reward(config)
     model, tokenizer = load_model(config)
+    for setting in ("reference_model", "kl_model"):
+        check_other(config, setting, tokenizer)
     look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
     pairs, drops = data.load_pairs(config, tokenizer, look)
     policy = AnswerLogps(model)

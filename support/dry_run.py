@@ -13,7 +13,6 @@ from torch.utils.benchmark import Timer
 
 from support.errors import shorten
 from support.four_bit import FourBitLinear
-from support.model import check_reference
 from support.processes import WORLD, say
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
@@ -108,11 +107,8 @@ def _paint(text, code):
 def estimate(setup, config):
     """Print what a run would take: minutes, measured on its longest row, and memory.
 
-    setup   the Setup that the run would train on
-    raises  InputError for a reference_model that the run could not use
+    setup  the Setup that the run would train on
     """
-    if config.reference_model:
-        check_reference(config, setup.tokenizer)
     steps = config.epochs * len(setup.steps["train"])
     trained = 0
     for weight in setup.weights.values():

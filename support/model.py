@@ -126,17 +126,20 @@ def load_other(config, setting, tokenizer):
     return model
 
 
-def check_reference(config, tokenizer):
-    """Refuse a reference_model that is not there or has another tokenizer; no weights are read.
+def check_other(config, setting, tokenizer):
+    """Refuse a setting's model that is not there or has another tokenizer; no weights are read.
 
     raises   InputError, as load_other does of these
     """
+    name = getattr(config, setting)
+    if name is None:
+        return
 
     def load(path):
         options = {"trust_remote_code": config.trust_remote_code}
         if path.endswith(".gguf"):
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
-        adapter = find_adapter(config.reference_model, path, "main")
+        adapter = find_adapter(name, path, "main")
         if adapter and not adapter.has_tokenizer:
             return open_source(adapter.base, "model", config.offline, load)
         if not adapter:  # a folder of a tokenizer alone is no model
@@ -144,10 +147,10 @@ def check_reference(config, tokenizer):
         return transformers.AutoTokenizer.from_pretrained(path, **options)
 
     try:
-        its_tokenizer = open_source(config.reference_model, "model", config.offline, load)
+        its_tokenizer = open_source(name, "model", config.offline, load)
     except InputError as error:
-        raise InputError(f"reference_model: {error}") from error
-    _check_tokenizer(its_tokenizer, tokenizer, config, "reference_model")
+        raise InputError(f"{setting}: {error}") from error
+    _check_tokenizer(its_tokenizer, tokenizer, config, setting)
 
 
 def _check_tokenizer(its_tokenizer, tokenizer, config, setting):
