@@ -486,11 +486,21 @@ def test_a_sweep_of_rounds_compares_the_last_rounds_on_a_frontier(dpo, settings,
     [
         ({"reward": None}, "rounds sample answers, and need a reward"),
         ({"revision": "v1"}, "with revision, download that commit"),
+        ({"kl_model": "./nowhere"}, "kl_model: model ./nowhere: no such file or folder"),
+        ({"reference_model": "./nowhere"}, "reference_model: model ./nowhere: no such file"),
     ],
 )
-def test_rounds_that_could_not_be_had_are_refused(dpo, settings, changes, said, capsys):
+def test_rounds_that_could_not_be_had_are_refused_before_anything_is_sampled(
+    dpo, settings, changes, said, capsys
+):
     assert dpo(**settings | changes) == 2
-    assert said in capsys.readouterr().out and not Path("out").exists()
+    assert said in capsys.readouterr().out and not list(Path().glob("out/*/answers.jsonl"))
+
+
+def test_a_dry_run_of_rounds_estimates_and_says_what_it_leaves_out(dpo, settings, capsys):
+    assert dpo("--dry-run", **settings) == 0
+    assert "2 rounds sample theirs, and take longer" in capsys.readouterr().out
+    assert not Path("out").exists()
 
 
 def test_no_couple_at_all_ends_with_a_line_that_says_what_to_do(dpo, settings, capsys):
@@ -654,6 +664,7 @@ def draw_kill(draw, lengths, entries, size):
             ["kill_within_file", "make_pairs", draw.randint(1, 2), draw.randrange(1500)],
             ["kill_within_file", "save_checkpoint", draw.randint(1, 4), draw.randrange(3 * size)],
             ["kill_within_file", "save_model", draw.randint(1, 2), draw.randrange(size)],
+            ["signal_at", "score_answers", draw.randint(1, 2), signal.SIGKILL],
         ]
         return {"fault": draw.choice(faults)}
     phases = ["sampling", "sampling", "scoring", "training", "evaluation", "preparing", "finishing"]

@@ -221,10 +221,11 @@ def test_an_answer_is_cut_at_max_new_tokens_and_may_end_with_the_last(spoken):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family, kept_share", [("llama", 0.8), ("gpt2", 0.8), ("gpt2", 0)])
 def test_an_answer_is_cut_at_the_models_positions_and_others_of_its_batch_are_not(
-    family, cached, monkeypatch
+    family, kept_share, cached, monkeypatch
 ):
+    monkeypatch.setattr(sampler, "KEPT_SHARE", kept_share)  # 0: all stay in the batch to its end
     policy = policy_of(family, max_position_embeddings=26)
     monkeypatch.setattr(policy, "takes_kv_cache", cached)
     found = sampler_of(policy)
