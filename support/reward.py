@@ -46,7 +46,8 @@ def _open(config, kind, **options):
     """What from_pretrained of a class of transformers gives for the reward model's name."""
 
     def load(path):
-        if not os.path.exists(path):
+        of_weights = kind is transformers.AutoModelForSequenceClassification
+        if of_weights and not os.path.exists(path):
             announce_download(path, "main")
         return kind.from_pretrained(path, trust_remote_code=config.trust_remote_code, **options)
 
