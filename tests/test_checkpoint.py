@@ -61,6 +61,7 @@ ROOMS = {
     "save_model": report,
     "write_atomically": files,
     "make_pairs": rounds,
+    "write_records": rounds,
     "score_answers": rounds,
 }
 

@@ -10,11 +10,13 @@ import random
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +24,7 @@ import train_dpo
 from helpers import (
     CHATML,
     CONFIG,
+    PAIRS,
     Output,
     assistant,
     build_tokenizer,
@@ -36,6 +39,7 @@ from helpers import (
 from support import report, rounds, samples
 from support.config import read_config
 from support.run_log import read_rows
+from support.sampler import Told
 from test_checkpoint import Runner
 
 LENGTH = "def judge(messages, answer, record):\n    return {}\n"
@@ -144,6 +148,15 @@ def test_couples_of_many_prompts_have_the_longer_one_chosen_as_often_as_not():
             assert abs(lead) <= 4
 
 
+def test_the_balance_of_lengths_is_kept_from_prompt_to_prompt():
+    prompts = [replace(PAIRS[0], record=record(f"Q {number}")) for number in range(4)]
+    answers = [[Told("good", True, 20), Told("short", True, 18), Told("longer", True, 22)]] * 4
+    rewards = torch.tensor([[1.0, 0.0, 0.0]] * 4)
+    pairs = rounds._couple_all(prompts, answers, rewards, SimpleNamespace(columns=None))
+    assert [pair["rejected"] for pair in pairs] == ["short", "longer"] * 2
+    assert [pair["prompt"] for pair in pairs] == [[user(f"Q {number}")] for number in range(4)]
+
+
 # Prompts
 
 
@@ -171,12 +184,16 @@ def test_a_run_asks_other_prompts_each_round_than_those_it_is_evaluated_on(whole
     assert not first & second and not (first | second) & held_out
 
 
-def test_prompts_are_asked_again_where_the_set_has_no_others(dpo, settings, tmp_path):
-    source = write_jsonl(tmp_path / "few.jsonl", many(7))
-    given = {"dataset": source, "split": None, "eval_split": None, "eval_pairs": 1}
-    assert dpo(**settings | given | {"rounds": 2}) == 0
+def test_prompts_that_are_asked_again_get_other_answers(dpo, settings, tmp_path):
+    source = write_jsonl(tmp_path / "few.jsonl", many(6))
+    given = {"dataset": source, "split": None, "eval_split": None, "eval_pairs": 0, "lr": 1e-12}
+    assert dpo(**settings | given | {"train_pairs": 4}) == 0
     first, second = (set(asked_in(f"out/round_{n}")) for n in (1, 2))
     assert len(first) == len(second) == 4 and len(first & second) == 2
+    assert dpo(**settings | given | {"train_pairs": 0, "output_dir": "all"}) == 0
+    answers = [read_rows(Path(f"all/round_{n}/answers.jsonl"))[1:] for n in (1, 2)]
+    for ours, later in zip(*answers, strict=True):  # of the same prompt, and nearly the same model
+        assert ours["prompt"] == later["prompt"] and ours["answers"] != later["answers"]
 
 
 # The pairs of a round
@@ -662,6 +679,7 @@ def draw_kill(draw, lengths, entries, size):
     if kind < 0.6:
         faults = [
             ["kill_within_file", "make_pairs", draw.randint(1, 2), draw.randrange(1500)],
+            ["kill_within_file", "write_records", draw.randint(1, 6), draw.randrange(500)],
             ["kill_within_file", "save_checkpoint", draw.randint(1, 4), draw.randrange(3 * size)],
             ["kill_within_file", "save_model", draw.randint(1, 2), draw.randrange(size)],
             ["signal_at", "score_answers", draw.randint(1, 2), signal.SIGKILL],
@@ -697,6 +715,17 @@ def survive(run, undisturbed, kills, seed):
 
 def test_4_sigkills_in_two_rounds_leave_the_same_bytes(run, undisturbed):
     assert survive(run, undisturbed, kills=4, seed=1).total() >= 4
+
+
+def test_a_kill_while_pairs_are_written_leaves_no_half_of_them(run, undisturbed):
+    work = run.new()
+    # held-out pairs and the head of the answers are written before
+    end = run(work, fault=["kill_within_file", "write_records", 3, 200])
+    assert end["code"] == -signal.SIGXFSZ, end["text"]
+    assert not (work / "run/round_1/pairs.jsonl").exists()
+    assert (work / "run/round_1/pairs.jsonl.tmp").exists()
+    assert run(work)["code"] == 0
+    assert_same(work, undisturbed)
 
 
 @pytest.mark.slow
