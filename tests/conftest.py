@@ -16,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import train_dpo
-from helpers import CONFIG, Output, build_model, build_tokenizer, records, write_jsonl, write_model
+from helpers import (
+    CONFIG,
+    Output,
+    build_model,
+    build_tokenizer,
+    make_quick,
+    records,
+    write_jsonl,
+    write_model,
+)
 from support import sources
 from support.config import read_config
 
@@ -112,6 +121,12 @@ def dpo(overrides):
     return lambda *flags, **changes: train_dpo.main(
         ["--config", CONFIG, *flags, *overrides(**changes)]
     )
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs that neither measure the machine nor draw their curves: half the time of a tiny one."""
+    make_quick(monkeypatch)
 
 
 @pytest.fixture

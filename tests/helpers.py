@@ -14,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import data
+import train_dpo
 from data import Pair, PairEncoder
+from support import report
 
 ROOT = Path(__file__).parent.parent
 CONFIG = str(ROOT / "config.yaml")
@@ -271,6 +273,12 @@ def read_metrics(folder="out", split=None, timed=False):
 
 def weights_bytes(folder="out"):
     return (Path(folder) / "model" / "model.safetensors").read_bytes()
+
+
+def make_quick(monkeypatch):
+    """Let runs neither measure the machine nor draw their curves."""
+    monkeypatch.setattr(train_dpo, "matmul_peak", lambda config: 1e12)
+    monkeypatch.setattr(report, "draw_curves", lambda folder: None)
 
 
 # Figures that no run has left

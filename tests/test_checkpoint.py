@@ -233,6 +233,7 @@ def nursery():
         importlib.import_module(module)
     # most of a tiny run would be drawing; the file is still written and renamed
     Figure.savefig = lambda figure, path, **options: Path(path).write_bytes(b"a picture")
+    train_dpo.matmul_peak = lambda config: 1e12  # nor is the machine measured for each
     for line in sys.stdin:
         request = json.loads(line)
         reading, writing = os.pipe()

@@ -234,7 +234,7 @@ def test_two_processes_sample_train_and_measure_rounds_as_one(finish, in_rounds)
 
 
 def test_a_reward_that_fails_ends_all_processes_with_one_message_and_keeps_the_answers(
-    start, finish, in_rounds, tmp_path
+    start, in_rounds, tmp_path
 ):
     judge = tmp_path / "judge.py"
     judge.write_text("def judge(messages, answer, record):\n    return None\n")
@@ -243,11 +243,7 @@ def test_a_reward_that_fails_ends_all_processes_with_one_message_and_keeps_the_a
     printed, errors = process.communicate(timeout=100)
     assert process.returncode != 0 and "[rank1]" not in errors, errors
     assert printed.count("is to return a finite number, not None, for the prompt") == 1
-    answers = (folder / "round_1/answers.jsonl").read_bytes()
-    assert answers.count(b"\n") == 4
-    judge.write_text("def judge(messages, answer, record):\n    return len(answer)\n")
-    finish("failing", 2, **given)
-    assert (folder / "round_1/answers.jsonl").read_bytes() == answers
+    assert (folder / "round_1/answers.jsonl").read_bytes().count(b"\n") == 4
 
 
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="SMOLLM2 names no folder and no pairs")

@@ -15,6 +15,7 @@ from support.errors import InputError
 from support.reward import ORIGINAL, check_reward, score_answers
 from support.sampler import Told
 
+pytestmark = pytest.mark.usefixtures("quick")
 FUNCTION = "judge.py:judge"
 QUICK = {"max_new_tokens": 12, "eval_samples": 2, "samples_per_prompt": 4}
 

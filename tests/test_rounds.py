@@ -28,6 +28,7 @@ from helpers import (
     Output,
     assistant,
     build_tokenizer,
+    make_quick,
     many,
     read_metrics,
     record,
@@ -42,6 +43,7 @@ from support.run_log import read_rows
 from support.sampler import Told
 from test_checkpoint import Runner
 
+pytestmark = pytest.mark.usefixtures("quick")
 LENGTH = "def judge(messages, answer, record):\n    return {}\n"
 SETTINGS = {
     "reward": "judge.py:judge",
@@ -73,6 +75,7 @@ def whole(tmp_path_factory, overrides, talker):
     given = SETTINGS | {"model": talker} | places
     printed = Output()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        make_quick(patch)
         drawn = []
         patch.setattr(
             rounds.Figure,

@@ -14,6 +14,7 @@ from helpers import plain_logps, read_metrics, write_model
 from support import samples
 from support.run_log import read_rows
 
+pytestmark = pytest.mark.usefixtures("quick")
 LENGTH = "def judge(messages, answer, record):\n    return len(answer)\n"
 NAMES = ["reward", "ended", "tokens", "kl", "entropy", "distinct"]
 
