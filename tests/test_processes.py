@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,11 +216,12 @@ def in_rounds(talker, tmp_path_factory):
     return ROUNDS | {"model": talker, "reward": f"{path}:judge"}
 
 
-def test_two_processes_sample_train_and_measure_rounds_as_one(finish, in_rounds):
-    one, two = (finish(f"rounds{number}", number, **in_rounds) for number in (1, 2))
-    assert two[1].count("round 2: 3 pairs of 3 prompts; 15 answers") == 1
+def test_two_processes_sample_train_and_measure_rounds_as_one(dpo, quick, finish, in_rounds):
+    assert dpo(**RUN | in_rounds | {"output_dir": "one"}) == 0
+    two, printed = finish("rounds2", 2, **in_rounds)
+    assert printed.count("round 2: 3 pairs of 3 prompts; 15 answers") == 1
     for number in (1, 2):
-        folders = [folder / f"round_{number}" for folder, _ in (one, two)]
+        folders = [Path(folder) / f"round_{number}" for folder in ("one", two)]
         pairs = [(folder / "pairs.jsonl").read_bytes() for folder in folders]
         assert pairs[0] == pairs[1] and pairs[0].count(b"\n") == 3
         assert losses(folders[0]) == pytest.approx(losses(folders[1]), rel=1e-5)
@@ -229,7 +231,7 @@ def test_two_processes_sample_train_and_measure_rounds_as_one(finish, in_rounds)
             assert len(names) > 12
             for name in names:
                 assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-4), name
-    first = read_metrics(two[0] / "round_1", "eval")[0]
+    first = read_metrics(two / "round_1", "eval")[0]
     assert first["samples/kl"] == 0 and first["samples/reward"] > 0
 
 
