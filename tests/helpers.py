@@ -236,6 +236,7 @@ def data_config(dataset, **changes):
         "max_prompt_length": 512,
         "keep_ties": False,
         "columns": None,
+        "reward": None,
         "offline": {},
     }
     return SimpleNamespace(**{**settings, **changes})
