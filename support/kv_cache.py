@@ -5,6 +5,7 @@ import math
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+ROOM = 32  # columns are added so many at a time
 CLOSE = 1e-3  # nats: how far a log-probability may be off for a cache to be used
 
 
@@ -16,13 +17,12 @@ class KVCache:
     shared_prompt_attention; their first call brings whole prompts, each later one a token.
 
     count      answers to each prompt
-    most       columns that are needed in all
     positions  (attribute) (answers,) int64: where the tokens of this pass stand; None for prompts
     """
 
-    def __init__(self, count, most):
+    def __init__(self, count):
         self.count = count
-        self.most = most
+        self.width = 0  # columns that there is room for
         self.positions = None
         self.rows = None
         self.later = None  # (answers, 1, 1, columns): which columns come after an answer's own
@@ -32,12 +32,23 @@ class KVCache:
     def next_token(self, positions):
         """Let the next pass be of one token of each answer, at these positions."""
         device = positions.device
-        seen = int(positions.max()) + 1
-        columns = torch.arange(seen, device=device)
+        self._make_room(int(positions.max()) + 1)
+        columns = torch.arange(self.width, device=device)
         later = columns > positions[:, None]
         self.later = later[:, None, None]
         self.rows = torch.arange(len(positions), device=device)
         self.positions = positions
+
+    def _make_room(self, columns):
+        """Let there be so many columns, and some more: whole tensors are faster than parts."""
+        if columns <= self.width:
+            return
+        columns += -columns % ROOM
+        for kept in (self.keys, self.values):
+            for layer, tensor in kept.items():
+                missing = columns - tensor.shape[2]
+                kept[layer] = pad(tensor, (0, 0, 0, missing))
+        self.width = columns
 
     def keep(self, rows):
         """Go on with these rows of answers alone."""
@@ -52,32 +63,24 @@ class KVCache:
         returns  (rows, t, heads, head_dim)
         """
         if self.positions is None:
-            self.keys[layer] = self._with_room(key)
-            self.values[layer] = self._with_room(value)
+            self.keys[layer] = key.repeat_interleave(self.count, 0)
+            self.values[layer] = value.repeat_interleave(self.count, 0)
+            self.width = key.shape[2]
             return _attend_prompts(query, key, value, scaling)
         keys = self.keys[layer]
         values = self.values[layer]
         places = (self.rows, slice(None), self.positions)
         keys[places] = key.squeeze(2)
         values[places] = value.squeeze(2)
-        seen = self.later.shape[-1]
-        seen_keys = keys[:, :, :seen]
-        seen_values = values[:, :, :seen]
         # heads that share a key are one product
         heads = key.shape[1]
         scaled = query.squeeze(2) * scaling
         grouped = scaled.unflatten(1, (heads, -1))
-        scores = grouped @ seen_keys.mT
+        scores = grouped @ keys.mT
         scores.masked_fill_(self.later, -math.inf)
         probabilities = scores.softmax(-1)
-        output = probabilities @ seen_values
+        output = probabilities @ values
         return output.flatten(1, 2)[:, None]
-
-    def _with_room(self, prompts):
-        """All columns of each answer, the prompt's in their places."""
-        missing = self.most - prompts.shape[2]
-        repeated = prompts.repeat_interleave(self.count, 0)
-        return pad(repeated, (0, 0, 0, missing))
 
 
 def _attend_prompts(query, key, value, scaling):
@@ -122,7 +125,7 @@ def _read_by_cache(policy, prompt, answer):
     padded = [prompt[0]] + [0] * (length - 1)
     ids = torch.tensor([prompt, padded])
     position = torch.tensor([length, 1])
-    cache = KVCache(1, length + len(answer))
+    cache = KVCache(1)
     all_positions = torch.arange(length).expand(2, -1)
     logits = policy.next_logits(ids, all_positions, cache, position - 1)
     found = []

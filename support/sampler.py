@@ -159,7 +159,7 @@ class Sampler:
         """(answers, max_new_tokens) int64: tokens, and NONE after an answer's last."""
         ids, lengths = _pad_right([prompts[position] for position in batch])
         width = ids.shape[1]
-        cache = KVCache(count, width + self.max_new_tokens)
+        cache = KVCache(count)
         positions = torch.arange(width).expand_as(ids)
         logits = self.policy.next_logits(ids, positions, cache, lengths - 1)
         logits = logits.repeat_interleave(count, 0)
@@ -198,10 +198,12 @@ class Sampler:
         """
         if self.temperature == 0:
             return logits.argmax(1)
-        logits = logits.float() / self.temperature
-        largest = _largest(logits)
-        weights = (logits - largest).exp_()
-        weights.masked_fill_(weights < self.min_p, 0)
+        weights = logits.to(torch.float32, copy=True)
+        if self.temperature != 1:
+            weights.div_(self.temperature)
+        weights.sub_(_largest(weights)).exp_()
+        if self.min_p > 0:
+            weights.masked_fill_(weights < self.min_p, 0)
         missing = -weights.shape[1] % BLOCK
         blocks = pad(weights, (0, missing)).unflatten(1, (-1, BLOCK))
         sums = blocks.sum(2)

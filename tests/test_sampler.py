@@ -95,7 +95,7 @@ def test_greedy_answers_are_those_of_transformers_generate(family):
 def test_logits_with_a_cache_are_those_of_the_plain_forward_at_each_token(family):
     policy, count, most = policy_of(family, sliding_window=None), 2, 6
     ids, lengths = sampler._pad_right(PROMPTS)
-    cache = KVCache(count, ids.shape[1] + most)
+    cache = KVCache(count)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
         logits = policy.next_logits(ids, positions, cache, lengths - 1).repeat_interleave(count, 0)
