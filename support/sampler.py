@@ -14,7 +14,7 @@ import transformers
 from torch.nn.functional import pad
 
 from support.kv_cache import KVCache
-from support.processes import RANK, WORLD, any_of, say, sum_over_processes
+from support.processes import RANK, WORLD, any_of, progress, say, sum_over_processes
 
 ANSWERS_AT_ONCE = 256  # drawn together
 BYTES_AT_ONCE = 2**31  # of their keys and values
@@ -135,6 +135,21 @@ class Sampler:
         answers = []
         for rows in tokens.tolist():
             answers.append([self._answer(row) for row in rows])
+        return answers
+
+    def draw_all(self, prompts, count, seed, title=None):
+        """The same for all prompts, batch by batch; a `title` shows the progress."""
+        answers = [None] * len(prompts)
+        bar = contextlib.nullcontext()
+        if title:
+            bar = progress(title, len(prompts), unit="prompt")
+        with bar:
+            for batch in self.batches(prompts, count):
+                drawn = self.draw(prompts, batch, count, seed)
+                for position, found in zip(batch, drawn, strict=True):
+                    answers[position] = found
+                if title:
+                    bar.update(len(batch))
         return answers
 
     def _is_cached(self, prompts):
@@ -336,9 +351,7 @@ def greedy_answers(setup, config):
     length = config.max_new_tokens
     sampler = Sampler(setup.policy, setup.tokenizer, setup.end_of_turn, length, temperature=0)
     prompts = [pair.prompt_ids for pair in setup.samples]
-    texts = [""] * len(prompts)
-    for batch in sampler.batches(prompts, 1):
-        drawn = sampler.draw(prompts, batch, 1, "greedy")
-        for position, (answer,) in zip(batch, drawn, strict=True):
-            texts[position] = sampler.tell(answer).text
+    texts = []
+    for (answer,) in sampler.draw_all(prompts, 1, "greedy"):
+        texts.append(sampler.tell(answer).text)
     return texts

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from support.files import write_records
-from support.processes import progress, wait_for_all
+from support.processes import wait_for_all
 from support.reward import score_answers
 from support.run_log import read_rows
 from support.sampler import Sampler
@@ -44,9 +44,9 @@ def measure(setup, config, folder, step, lay_out, compute_logps):
                    figures of all answers together
     """
     prompts = setup.pairs["eval"]
-    drawn = sample_all(setup, config, prompts)
     sampler = make_sampler(setup, config)
-    answers = [sampler.tell_all(row) for row in drawn]
+    drawn = sample_all(sampler, config, prompts)
+    answers = list(map(sampler.tell_all, drawn))
     rewards = score_answers(config, prompts, answers)
 
     split = "sampled answers"
@@ -75,19 +75,11 @@ def make_sampler(setup, config):
     return Sampler(setup.policy, setup.tokenizer, setup.end_of_turn, *limits)
 
 
-def sample_all(setup, config, pairs):
+def sample_all(sampler, config, pairs):
     """eval_samples answers to the prompt of each pair: for each a list of Answer."""
-    sampler = make_sampler(setup, config)
     prompts = [pair.prompt_ids for pair in pairs]
-    answers = [None] * len(pairs)
-    with progress("sampling held-out prompts", len(pairs), unit="prompt") as bar:
-        seed = f"{config.seed} evaluation"
-        for batch in sampler.batches(prompts, config.eval_samples):
-            drawn = sampler.draw(prompts, batch, config.eval_samples, seed)
-            for position, found in zip(batch, drawn, strict=True):
-                answers[position] = found
-            bar.update(len(batch))
-    return answers
+    seed = f"{config.seed} evaluation"
+    return sampler.draw_all(prompts, config.eval_samples, seed, "sampling held-out prompts")
 
 
 def _as_pairs(prompts, answers):

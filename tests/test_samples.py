@@ -85,7 +85,7 @@ def test_figures_are_those_of_the_answers_by_plain_forward_passes(ready, setting
     measure(setup, config)
     train_all(setup, config)
     prompts = setup.pairs["eval"]
-    drawn = samples.sample_all(setup, config, prompts)
+    drawn = samples.sample_all(samples.make_sampler(setup, config), config, prompts)
     figures, before, together = measure(setup, config, 3)
     own = logps_by_hand(setup.model, prompts, drawn)
     first = logps_by_hand(setup.first.model, prompts, drawn)
@@ -220,7 +220,7 @@ def test_answers_beyond_a_sliding_window_are_scored_within_it(ready, settings, t
     limits = {"max_new_tokens": 60, "model": model, "max_length": 60}
     setup, config = ready(**settings | limits, kl_model=model)
     prompts = setup.pairs["eval"]
-    drawn = samples.sample_all(setup, config, prompts)
+    drawn = samples.sample_all(samples.make_sampler(setup, config), config, prompts)
     longest = 0
     for pair, answers in zip(prompts, drawn, strict=True):
         longest = max(longest, len(pair.prompt_ids) + max(len(answer.ids) for answer in answers))

@@ -606,8 +606,6 @@ class Answerer:
 
     def answer(self, conversations, count, seed, greedy=False):
         """Per conversation `count` answers as (text, tokens, ended by itself)."""
-        from support.processes import progress
-
         sampler = self.greedy if greedy else self.sampler
         prompts = []
         for turns in conversations:
@@ -615,14 +613,10 @@ class Answerer:
             messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
             text = self.encoder.render(messages, add_generation_prompt=True)
             prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        answers = [None] * len(prompts)
-        with progress("answering", len(prompts), unit="prompt") as bar:
-            for batch in sampler.batches(prompts, count):
-                drawn = sampler.draw(prompts, batch, count, str(seed))
-                for position, found in zip(batch, drawn, strict=True):
-                    told = sampler.tell_all(found)
-                    answers[position] = [(a.text, a.tokens - a.ended, a.ended) for a in told]
-                bar.update(len(batch))
+        answers = []
+        for found in sampler.draw_all(prompts, count, str(seed), "answering"):
+            told = sampler.tell_all(found)
+            answers.append([(a.text, a.tokens - a.ended, a.ended) for a in told])
         return answers
 
 
