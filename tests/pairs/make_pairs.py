@@ -597,7 +597,8 @@ class Answerer:
         model, self.tokenizer = load_model(config)
         self.encoder = data.PairEncoder(self.tokenizer)
         policy = train_dpo.AnswerLogps(model)
-        check_model(policy, [self.encoder.encode(row) for row in read_rows()[:2]], data.make_row)
+        pairs = [self.encoder.encode(row) for row in read_rows()[:2]]
+        check_model(policy, pairs, data.make_row, config)
         model.requires_grad_(False)
         place_weights(policy, config)
         common = (policy, self.tokenizer, self.encoder.end_of_turn, MAX_NEW_TOKENS)

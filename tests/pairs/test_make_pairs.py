@@ -1,4 +1,4 @@
-"""The checks of make_pairs.py, and the file it made. Needs no model."""
+"""The checks of make_pairs.py, the file it made, and how a tiny model answers."""
 
 import json
 from collections import Counter
@@ -185,3 +185,13 @@ def test_unseen_checks_stand_in_the_test_part_only(rows):
 def test_lengths_are_alike(rows):
     chosen, rejected = ([len(row[c].split()) for row in rows] for c in ("chosen", "rejected"))
     assert sum(chosen) == pytest.approx(sum(rejected), rel=0.1)
+
+
+def test_a_model_answers_each_conversation_the_same_way_again(tiny_model):
+    model = make_pairs.Answerer(tiny_model, "float32")
+    answers = model.answer([["Name a fruit."], ["Hi", "Hello.", "Who?"]], 2, seed=1)
+    assert answers == model.answer([["Name a fruit."], ["Hi", "Hello.", "Who?"]], 2, seed=1)
+    assert [len(found) for found in answers] == [2, 2] and answers[0][0] != answers[0][1]
+    for text, tokens, ended in answers[0] + answers[1]:
+        assert isinstance(text, str) and 0 <= tokens <= make_pairs.MAX_NEW_TOKENS
+        assert ended or tokens > 0
