@@ -271,8 +271,7 @@ def place_weights(policy, config):
         if not parameter.requires_grad:
             parameter.data = rounded
             continue
-        # from the same start: an update tips a weight between two rounded ones, however small it is
-        weight = nn.Parameter(rounded.float())
+        weight = nn.Parameter(_master_weight(parameter.data.to(device), rounded))
         computes_in_float32 = WORLD > 1 or config.lora_r > 0
         parameter.data = weight.data if computes_in_float32 else rounded
         if WORLD == 1:
@@ -283,6 +282,19 @@ def place_weights(policy, config):
         return weights
     _shard(policy, dtype)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _master_weight(weight, rounded):
+    """A weight in float32: itself, or the rounded one where it is halfway between two of bfloat16.
+
+    There, as 8 % of a dequantised model's are, an update would tip it, however small it is. The
+    others keep their digits, for rounding would undo a part of an earlier run's training.
+    """
+    weight = weight.float()
+    if rounded.dtype != torch.bfloat16:
+        return weight
+    halfway = weight.view(torch.int32) & 0xFFFF == 0x8000
+    return torch.where(halfway, rounded.float(), weight)
 
 
 def _add_gradient(weight, parameter):

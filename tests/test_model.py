@@ -86,6 +86,21 @@ def test_an_update_of_1e_8_tips_no_bfloat16_weight(tmp_path, ready, tiny_model):
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
+def test_a_bfloat16_run_begins_with_all_digits_of_an_earlier_ones_weights(
+    tmp_path, ready, tiny_model
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():  # each weight a third of the way to the next of bfloat16
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16().float().view(torch.int32).add(21845).view(torch.float32))
+    model.save_pretrained(tmp_path / "trained")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "trained")
+    setup, _ = ready(model=str(tmp_path / "trained"), dtype="bfloat16", train_pairs=2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(setup.weights[name], parameter)
+        assert torch.equal(setup.model.get_parameter(name), parameter.bfloat16())
+
+
 def test_one_step_at_1e_7_moves_float32_weights_that_bfloat16_would_keep(ready):
     setup, config = ready(dtype="bfloat16", lr=1e-7)
     assert {w.dtype for w in setup.weights.values()} == {torch.float32}
