@@ -42,7 +42,6 @@ from support import dry_run, processes, report, rounds, samples, sweep
 from support.attention import SHARED_PROMPT
 from support.cache import logps_key, read_or_compute
 from support.checkpoint import (
-    PAIRS,
     check_room,
     claim,
     is_finished,
@@ -68,7 +67,7 @@ from support.model import (
 )
 from support.preference import answer_lengths, describe_preference
 from support.processes import say
-from support.reward import check_reward
+from support.reward import check_reward, try_reward
 from support.run_log import RunLog
 from support.sampler import greedy_answers
 
@@ -183,22 +182,25 @@ def run_rounds(config, options):
     In each the model as it is answers, a reward tells which of its answers are better, and it is
     trained on these against the worse (support/rounds.py).
     """
-    if options.overwrite:
-        rounds.begin_anew(config)
+    overwrite = options.overwrite
     for number in range(1, config.rounds + 1):
         one = rounds.config_of(config, number)
-        folder = Path(one.output_dir)
-        if not is_finished(folder, one):
-            with claim(folder, one, overwrite=False):
-                if not (folder / PAIRS).exists():
-                    wanted = rounds.pairs_wanted(config, number)
-                    setup = load(replace(config, model=one.model, train_pairs=wanted))
-                    setup.model.requires_grad_(False)
-                    place_weights(setup.policy, config)
+        setup = None
+        if rounds.lacks_pairs(config, number, overwrite):
+            wanted = rounds.pairs_wanted(config, number)
+            setup = load(replace(config, model=one.model, train_pairs=wanted))
+            setup.model.requires_grad_(False)
+            place_weights(setup.policy, config)
+        with claim(Path(config.output_dir), config, overwrite):
+            if overwrite:
+                rounds.begin_anew(config)
+                overwrite = False
+            if setup is not None:
+                with claim(Path(one.output_dir), one, overwrite=False):
                     rounds.make_pairs(setup, config, number)
-                    setup = None  # frees the model before it is loaded to be trained
-        run([one], [], SimpleNamespace(dry_run=False, overwrite=False))
-    rounds.summarize(config)
+                setup = None  # frees the model before it is loaded to be trained
+            run([one], [], SimpleNamespace(dry_run=False, overwrite=False))
+            rounds.summarize(config, number)
 
 
 def train(setup, config, folder):
@@ -490,6 +492,7 @@ def load(config, dry=False):
         check_other(config, setting, tokenizer)
     look = partial(dry_run.look, tokenizer=tokenizer) if dry else None
     pairs, drops = data.load_pairs(config, tokenizer, look)
+    try_reward(config, pairs["eval"][:1])
     policy = AnswerLogps(model)
     check_model(policy, pairs["train"] + pairs["eval"], data.make_row, config)
     return Setup(

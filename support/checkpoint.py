@@ -219,17 +219,23 @@ def _check_writable(folder, setting):
 def is_finished(folder, config, overwrite=False):
     """Whether the run in this folder is finished and to be left alone.
 
+    raises   InputError as check_noted does
+    """
+    check_noted(folder, config, overwrite)
+    return not overwrite and exists(folder / "model")
+
+
+def check_noted(folder, config, overwrite):
+    """Refuse to go on in a folder that is not this run's, where it is not to be overwritten.
+
     raises   InputError if its settings are not these, or if the folder is not a run's
     """
     path = folder / "config.yaml"
     _check_is_a_runs(folder)
-    if overwrite:
-        return False
-    if exists(path):
+    if exists(path) and not overwrite:
         changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
-    return exists(folder / "model")
 
 
 def _check_is_a_runs(folder):

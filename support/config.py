@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import itertools
+import json
 import re
 import sys
 from dataclasses import asdict, fields, replace
@@ -20,6 +21,18 @@ from support.processes import say
 CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
 OTHER_NAMES = Path(__file__).parent / "other_names.yaml"  # other trainers' settings
 # Settings that decide how a run is watched, not what it computes.
+# a setting: those that do nothing without it, and how it is set
+SERVE_ANOTHER = {
+    "lora_r": (
+        ["lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge"],
+        "lora_r=16 trains an adapter",
+    ),
+    "rounds": (["samples_per_prompt", "round_reference"], "rounds=4 trains on sampled answers"),
+    "reward": (
+        ["eval_samples", "kl_model", "temperature"],
+        "reward=file.py:function scores sampled answers",
+    ),
+}
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
 MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
@@ -199,13 +212,15 @@ def read_config(path, overrides=()):
 
 
 def _tell_what_does_nothing(configs):
-    """Say so where settings of an adapter were changed and no run trains one."""
-    if any(config.lora_r for config in configs):
-        return
-    given, usual = asdict(configs[0]), asdict(Config())
-    for name, value in given.items():
-        if name.startswith("lora_") and value != usual[name]:
-            say(f"!!! {name} does nothing, since lora_r is 0; lora_r=16 trains an adapter !!!")
+    """Say so where settings were changed that serve only with another, which no run has."""
+    usual = asdict(Config())
+    for main, (others, advice) in SERVE_ANOTHER.items():
+        if any(getattr(config, main) for config in configs):
+            continue
+        for name in others:
+            if getattr(configs[0], name) != usual[name]:
+                off = json.dumps(usual[main])
+                say(f"!!! {name} does nothing, since {main} is {off}; {advice} !!!")
 
 
 def _read_settings(path, overrides):
@@ -257,6 +272,16 @@ def _check_rounds(config):
         raise InputError(
             "rounds sample answers, and need a reward that tells which are better: "
             "reward=file.py:function, or the name of a reward model"
+        )
+    if config.load_in_4bit:
+        raise InputError(
+            "rounds sample from weights that are not packed, and load_in_4bit would train on "
+            "others: set it to false"
+        )
+    if config.keep == "best":
+        raise InputError(
+            "keep=best goes by the loss on the set's own pairs, and rounds train on others: "
+            "keep=last"
         )
     if config.revision:
         raise InputError(
@@ -319,8 +344,10 @@ def changes_on_resume(config, saved):
     returns  list of "beta was 0.1, is 0.2"
     """
     changes = []
+    harmless = {*MAY_CHANGE_ON_RESUME, "output_dir"}
+    if config.rounds and saved.get("rounds"):
+        harmless.add("rounds")  # more may follow
     for name, value in asdict(config).items():
-        harmless = name in MAY_CHANGE_ON_RESUME or name == "output_dir"
-        if name in saved and saved[name] != value and not harmless:
+        if name in saved and saved[name] != value and name not in harmless:
             changes.append(f"{name} was {saved[name]}, is {value}")
     return changes

@@ -14,8 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from support.errors import InputError, first_line
 from support.processes import WORLD, fail_together, is_first, sum_over_processes
+from support.sampler import Told
+from support.shapes import read_preference
 from support.sources import announce_download, open_source
 
+BOOLS = ("bool", "torch.bool")  # dtypes of a scalar of numpy or torch
 AT_ONCE = 8  # texts that a reward model reads together
 ORIGINAL = "original_record"  # column of a round's files that holds the record a prompt came from
 
@@ -58,14 +61,25 @@ def _open(config, kind, **options):
         raise InputError(f"reward: {error}") from error
 
 
+def try_reward(config, pairs):
+    """Score the chosen answers of some pairs by a user's function, which may fail on the records.
+
+    raises   InputError, as score_answers does, before a run samples and trains for nothing
+    """
+    if config.reward and _is_function(config.reward):
+        for pair in pairs:
+            text = read_preference(pair.record, config.columns).chosen
+            score_answers(config, [pair], [[Told(text, True, len(pair.chosen_ids))]])
+
+
 def score_answers(config, pairs, answers):
     """The rewards of some answers, as setting `reward` says; the first process finds them.
 
     config   a run's settings
     pairs    list of data.Pair with their records: whose prompts these are
     answers  for each a list of support.sampler.Told
-    returns  (pairs, answers) float64; an answer that did not end fails, where rewards are no more
-             than pass or fail, and else has the reward of the text up to there
+    returns  (pairs, answers) float64; an answer that did not end fails, where rewards are True
+             and False, and else has the reward of the text up to there
     raises   InputError, in all processes, with the prompt for which the reward fails
     """
     rewards = torch.zeros(len(pairs), len(answers[0]), dtype=torch.float64)
@@ -75,11 +89,6 @@ def score_answers(config, pairs, answers):
     if WORLD == 1:
         return rewards
     return sum_over_processes(rewards.to(config.device)).cpu()
-
-
-def is_verifier(rewards):
-    """Whether rewards, a tensor, say no more than pass or fail: 1 or 0."""
-    return bool(((rewards == 0) | (rewards == 1)).all())
 
 
 def _score(config, pairs, answers):
@@ -96,7 +105,7 @@ def _score(config, pairs, answers):
     else:
         found = _by_model(config, asked)
     rewards = torch.tensor(found, dtype=torch.float64)
-    if is_verifier(rewards):
+    if all(isinstance(reward, bool) for reward in found):
         rewards[~torch.tensor(whole)] = 0.0
     return rewards.view(len(pairs), -1)
 
@@ -125,7 +134,10 @@ def _load_function(reward):
 
 
 def _by_function(reward, asked):
-    """A user's function of each (messages, answer, record), checked to be a number."""
+    """A user's function of each (messages, answer, record): floats, or bools where it gives those.
+
+    raises   InputError where it fails, or gives what is no finite number
+    """
     function = _load_function(reward)
     rewards = []
     for messages, answer, record in asked:
@@ -139,7 +151,8 @@ def _by_function(reward, asked):
             raise InputError(
                 f"reward {reward} is to return a finite number, not {value!r}, {where}"
             )
-        rewards.append(number)
+        says_pass_or_fail = isinstance(value, bool) or str(getattr(value, "dtype", "")) in BOOLS
+        rewards.append(bool(number) if says_pass_or_fail else number)
     return rewards
 
 

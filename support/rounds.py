@@ -15,14 +15,24 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from support.checkpoint import ANSWERS, PAIRS, claim, is_finished
+from support.checkpoint import ANSWERS, PAIRS, check_noted, claim, is_finished
 from support.errors import InputError
 from support.files import write_atomically, write_records, write_text
+from support.intervals import mean_half_width
 from support.processes import is_first, progress, say, wait_for_all
-from support.reward import ORIGINAL, score_answers
-from support.run_log import read_rows, saved_evaluations
+from support.reward import ORIGINAL, score_answers, try_reward
+from support.run_log import read_rows
 from support.sampler import Told
-from support.samples import KL, LABELS, REWARD, TOKENS, figure, make_sampler
+from support.samples import (
+    KL,
+    LABELS,
+    REWARD,
+    TOKENS,
+    by_prompt,
+    figure,
+    make_sampler,
+    samples_file,
+)
 from support.shapes import read_preference
 from support.verdict import markdown
 
@@ -82,6 +92,17 @@ def begin_anew(config):
                 pass
 
 
+def lacks_pairs(config, number, overwrite):
+    """Whether a round's answers are still to be sampled and scored.
+
+    raises   InputError, as check_noted does, for the folders of all rounds and of this one
+    """
+    check_noted(Path(config.output_dir), config, overwrite)
+    folder = folder_of(config, number)
+    finished = is_finished(folder, config_of(config, number), overwrite)
+    return overwrite or not (finished or (folder / PAIRS).exists())
+
+
 def pairs_wanted(config, number):
     """How many of the set's prompts are needed for this round and those before; 0 is all."""
     return number * config.train_pairs
@@ -98,8 +119,10 @@ def make_pairs(setup, config, number):
     if setup.pairs["eval"]:
         _write_held_out(setup.pairs["eval"], config)
     prompts = _prompts_of_round(setup.pairs["train"], config, number)
+    try_reward(config, prompts[:1])
     rows = _sample(setup, config, prompts, folder / ANSWERS, f"{config.seed} round {number}")
     rewards = score_answers(config, prompts, rows)
+    _note_rewards(folder / ANSWERS, setup.origin, prompts, rows, rewards)
     pairs = _couple_all(prompts, rows, rewards, config)
     _tell(number, rows, rewards, len(pairs))
     if not pairs:
@@ -117,6 +140,11 @@ def _write_held_out(pairs, config):
     rows = []
     for pair in pairs:
         preference = read_preference(pair.record, config.columns)
+        if not preference.is_whole:
+            raise InputError(
+                "rounds sample whole answers, and this set's are steps of one (column "
+                "initial_reason_steps): leave rounds at 0"
+            )
         row = _in_own_shape(preference, preference.chosen, preference.rejected)
         rows.append(row | {ORIGINAL: pair.record})
     write_records(Path(config.output_dir) / HELD_OUT, rows)
@@ -155,12 +183,30 @@ def _sample(setup, config, prompts, path, seed):
             lines = []
             for position, answers in zip(batch, drawn, strict=True):
                 found[position] = sampler.tell_all(answers)
-                lines.append(json.dumps({"prompt": position, "answers": found[position]}) + "\n")
+                row = _answers_row(position, prompts[position], found[position])
+                lines.append(json.dumps(row) + "\n")
             if is_first():
                 with open(path, "a", encoding="utf-8") as file:
                     file.write("".join(lines))
             bar.update(len(batch))
     return [found[position] for position in range(len(prompts))]
+
+
+def _answers_row(position, pair, answers):
+    """A line of answers.jsonl: a prompt, and what was answered to it."""
+    asked = [answer._asdict() for answer in answers]
+    return {"prompt": position, "messages": json.loads(pair.prompt), "answers": asked}
+
+
+def _note_rewards(path, origin, prompts, answers, rewards):
+    """Write answers.jsonl again, each answer with its reward."""
+    rows = [{"origin": origin}]
+    for position, scores in enumerate(rewards.tolist()):
+        row = _answers_row(position, prompts[position], answers[position])
+        for answer, score in zip(row["answers"], scores, strict=True):
+            answer["reward"] = score
+        rows.append(row)
+    write_records(path, rows)
 
 
 def _read_answers(path, origin):
@@ -177,7 +223,10 @@ def _read_answers(path, origin):
         )
     found = {}
     for row in rows:
-        found[row["prompt"]] = [Told(*answer) for answer in row["answers"]]
+        answers = []
+        for answer in row["answers"]:
+            answers.append(Told(answer["text"], answer["ended"], answer["tokens"]))
+        found[row["prompt"]] = answers
     wait_for_all()
     write_records(path, [{"origin": origin}, *rows])  # without a line that a kill has torn
     return found
@@ -199,16 +248,19 @@ def _couple_all(prompts, answers, rewards, config):
         lead += (chosen[1] > rejected[1]) - (chosen[1] < rejected[1])
         record = pair.record.get(ORIGINAL, pair.record)
         preference = read_preference(record, config.columns)
-        row = _in_own_shape(preference, chosen[0], rejected[0])
+        # as turns, for plain text is searched for a prompt or the turns of a dialogue in it
+        turns = [[{"role": "assistant", "content": text}] for text, _, _ in found]
+        row = _in_own_shape(preference, *turns)
         pairs.append(row | {"score_chosen": chosen[2], "score_rejected": rejected[2]})
     return pairs
 
 
 def couple(answers, lead):
-    """The best and the worst of the answers to a prompt, of those that are as good near in length.
+    """The best of the answers to a prompt and the worst.
 
-    Near in length, for a model would else learn that short answers win, or long ones. Of couples
-    about as near, one is preferred that brings `lead` nearer to zero.
+    Where several are as good, as a verifier finds them, the couple nearest in length, for a model
+    would else learn that short answers win, or long ones; of couples about as near, one that brings
+    `lead` nearer to zero.
 
     answers  list of (text, tokens, reward)
     lead     how many chosen answers so far were the longer ones of their couple, minus the shorter
@@ -255,41 +307,46 @@ def _tell(number, answers, rewards, pairs):
     )
 
 
-def summarize(config):
-    """Write report.md and rounds.png of all rounds, and print the table."""
+def summarize(config, last):
+    """Write report.md and rounds.png of the rounds up to the last one, and print the table."""
     if not is_first():
         return
     rows = []
-    for number in range(1, config.rounds + 1):
-        evaluations = _evaluations(config, number)
-        if not evaluations:
+    table = []
+    for number in range(1, last + 1):
+        folder = folder_of(config, number)
+        evaluations = read_rows(folder / "metrics.jsonl", "eval")
+        if not evaluations or REWARD not in evaluations[0]:
             say("Without held-out pairs, or with eval_samples=0, nothing tells what rounds gave")
             return
         if number == 1:
             rows.append(evaluations[0])
+            table.append(["start", "", *_figures(rows[0]), ""])
         rows.append(evaluations[-1])
-    header = ["after round", "pairs", "rewards/accuracies", *LABELS.values()]
-    table = []
-    for number, row in enumerate(rows):
-        pairs = ""
-        if number:
-            pairs = len(read_rows(folder_of(config, number) / PAIRS))
-        figures = [_figure(row, name) for name in ("rewards/accuracies", *LABELS)]
-        table.append([number or "start", pairs, *figures])
+        pairs = len(read_rows(folder / PAIRS))
+        table.append([number, pairs, *_figures(rows[-1]), _gain(config, number, rows[-1]["step"])])
     folder = Path(config.output_dir)
     _draw(rows, folder / "rounds.png")
+    header = ["after round", "pairs", *LABELS.values(), "reward since the start, paired"]
     text = markdown(header, table)
     about = "Held-out figures with 95 % intervals; each round is a run of its own, in round_N/."
     write_text(
         folder / "report.md", f"# {folder.name}\n\n![rounds](rounds.png)\n\n{text}\n\n{about}\n"
     )
-    say(f"\n{text}\n\n{about}\nThe last model is in {last_folder(config)}")
+    say(f"\n{text}\n\n{about}\nThe last model is in {folder_of(config, last)}")
 
 
-def _evaluations(config, number):
-    """Rows of a round's evaluations that sampled answers."""
-    rows = read_rows(folder_of(config, number) / "metrics.jsonl", "eval")
-    return [row for row in saved_evaluations(rows, config.keep) if REWARD in row]
+def _gain(config, number, step):
+    """How far the reward of sampled answers went since the first round began, with its interval."""
+    before = by_prompt(read_rows(samples_file(folder_of(config, 1), 0)))
+    after = by_prompt(read_rows(samples_file(folder_of(config, number), step)))
+    change = after[REWARD] - before[REWARD]
+    return f"{change.mean().item():+.3f} ± {mean_half_width(change):.3f}"
+
+
+def _figures(row):
+    """The figures of an evaluation, with their intervals, in the order of LABELS."""
+    return [_figure(row, name) for name in LABELS]
 
 
 def _figure(row, name):

@@ -14,7 +14,8 @@ from support.rounds import last_folder
 from support.run_log import read_rows, saved_evaluations
 from support.samples import KL, REWARD
 
-BEFORE_TRAINING = {"rewards/accuracies": 0.5, "rewards/margins": 0.0}  # what sweep.png draws
+ACCURACY = "rewards/accuracies"
+BEFORE_TRAINING = {ACCURACY: 0.5, "rewards/margins": 0.0}  # what sweep.png draws
 # what a loss is a loss of
 SCALES = ["loss", "beta", "label_smoothing", "length_normalize", "nll_weight", "reference_model"]
 LOSS = "held-out loss"  # for loss is a setting's name too
@@ -25,7 +26,8 @@ DODGED = 0.6  # the share of two ticks' distance over which lines are set beside
 def summarize_sweep(configs, varied, failed=None):
     """Print the runs, best held-out accuracy first; write sweep.csv and sweep.png beside them.
 
-    Of the same accuracy, the smaller loss is first among runs whose losses compare. Runs that
+    Of the same accuracy, the smaller loss is first among runs whose losses compare. Runs of rounds
+    come by the reward of sampled answers, for each round has a reference of its own. Runs that
     diverged, were not evaluated or failed come last, and are marked.
 
     configs  of the runs
@@ -42,7 +44,8 @@ def summarize_sweep(configs, varied, failed=None):
         row["output_dir"] = config.output_dir
         reason = (failed or {}).get(config.output_dir)
         rows.append(row | _outcome(config, reason))
-    rows = rank(rows, scales_of(varied))
+    first = REWARD if configs[0].rounds else ACCURACY
+    rows = rank(rows, scales_of(varied), first)
     folder = Path(configs[0].output_dir).parent
     frame = pandas.DataFrame(rows)
     write_atomically(folder / "sweep.csv", partial(frame.to_csv, index=False))
@@ -85,9 +88,10 @@ def scales_of(varied):
     return [name for name in SCALES if name in varied]
 
 
-def rank(rows, scales):
+def rank(rows, scales, first=ACCURACY):
     """Rows of runs, the best first; where nothing decides, in the order given.
 
+    first   the name of the figure that decides before the loss does
     scales  the names in a row by whose values its loss is one kind or another
     """
     kinds = []  # in the order given
@@ -98,15 +102,16 @@ def rank(rows, scales):
         kind = [row[name] for name in scales]
         if kind not in kinds:
             kinds.append(kind)
-        return -row["rewards/accuracies"], kinds.index(kind), row[LOSS]
+        return -row.get(first, row[ACCURACY]), kinds.index(kind), row[LOSS]
 
     return sorted(rows, key=place)
 
 
 def _print_table(frame, varied):
     shown = [*varied]
-    for name in BEFORE_TRAINING:
-        shown += [name, f"{name}/ci95"]
+    for name in (*BEFORE_TRAINING, REWARD, KL):
+        if name in frame:
+            shown += [name, f"{name}/ci95"]
     shown += [LOSS, "outcome"]
     frame = frame.reindex(columns=shown)
     say(frame.to_string(index=False, float_format="{:.4g}".format, na_rep=""))

@@ -380,3 +380,13 @@ def test_a_file_of_anything_but_settings_says_what_lines_are_to_be(tmp_path):
 def test_an_adapters_settings_without_an_adapter_are_said_to_do_nothing(rank, told, capsys):
     read_config(CONFIG, [f"lora_r={rank}", "lora_alpha=32"])
     assert ("lora_alpha does nothing, since lora_r is 0" in capsys.readouterr().out) == told
+
+
+def test_settings_of_rounds_and_rewards_without_them_are_said_to_do_nothing(capsys):
+    given = ["samples_per_prompt=2", "kl_model=x", "temperature=0.5"]
+    read_config(CONFIG, given)
+    out = capsys.readouterr().out
+    assert "samples_per_prompt does nothing, since rounds is 0; rounds=4 trains on" in out
+    assert "kl_model does nothing, since reward is null" in out and "temperature" in out
+    read_config(CONFIG, [*given, "reward=judge.py:judge", "rounds=1"])
+    assert "does nothing" not in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy
@@ -13,7 +14,8 @@ from helpers import PAIRS, SIZES, assistant, build_tokenizer, read_metrics, user
 from support.config import Config
 from support.errors import InputError
 from support.reward import ORIGINAL, check_reward, score_answers
-from support.sampler import Told
+from support.run_log import read_rows
+from support.sampler import Sampler, Told
 
 pytestmark = pytest.mark.usefixtures("quick")
 FUNCTION = "judge.py:judge"
@@ -163,10 +165,17 @@ def test_an_answer_that_did_not_end_fails_for_a_verifier():
     assert rewards_of(answers) == [[1, 0, 0, 0]]
 
 
-def test_an_answer_that_did_not_end_keeps_a_reward_that_is_more_than_pass_or_fail():
-    write_function("return len(answer) / 2")
-    answers = [*told("", "ab"), *told("", "ab", "abc", ended=False)]
-    assert rewards_of(answers) == [[0, 1, 0, 1, 1.5]]
+@pytest.mark.parametrize("kind", ["bool", "numpy.bool_", "torch.tensor"])
+def test_true_and_false_of_any_library_are_those_of_a_verifier(kind):
+    write_function(f"return {kind}('good' in answer)", before="import numpy, torch")
+    assert rewards_of([*told("good", "bad"), *told("good", ended=False)]) == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "numpy.int64"])
+def test_an_answer_that_did_not_end_keeps_a_reward_that_is_a_number_if_it_is_1_or_0(kind):
+    write_function(f"return {kind}(len(answer) > 1)", before="import numpy")
+    answers = [*told("", "ab"), *told("", "ab", ended=False)]
+    assert rewards_of(answers) == [[0, 1, 0, 1]]
 
 
 # Reward models
@@ -284,27 +293,44 @@ def test_a_reward_model_that_is_not_there_ends_a_run_before_anything_is_sampled(
     assert f"Error: reward: model {name} is neither" in out and "sampling" not in out, out
 
 
+@pytest.mark.parametrize("settings", [{"rounds": 1, "eval_pairs": 0}, {"rounds": 1}, {}])
+def test_a_function_that_cannot_read_the_records_fails_before_anything_is_sampled(
+    dpo, talker, monkeypatch, capsys, settings
+):
+    monkeypatch.setattr(Sampler, "draw", None)
+    write_function("return record['check']")
+    assert dpo(reward=FUNCTION, model=talker, **QUICK, **settings) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"Error: reward {FUNCTION} fails: KeyError: 'check', for the prompt")
+    assert not list(Path().glob("out/**/answers.jsonl"))
+
+
 # A reward that fails in the middle of a run
 
 
 def test_a_reward_that_fails_in_a_round_loses_no_answer_and_the_mended_one_goes_on(
-    dpo, talker, capsys
+    dpo, talker, capsys, monkeypatch
 ):
     settings = QUICK | {"model": talker, "rounds": 1, "eval_pairs": 0}
     write_function("return len(answer)")
     assert dpo(reward=FUNCTION, output_dir="whole", **settings) == 0
-    write_function("return 1 / (len(answer) - len(answer))")
+    write_function("asked.append(answer)\n    return 1 / (4 - len(asked))", before="asked = []")
     capsys.readouterr()
     assert dpo(reward=FUNCTION, **settings) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     assert (
         last.startswith(f"Error: reward {FUNCTION} fails: ZeroDivisionError") and "prompt" in last
     )
-    answers = Path("out/round_1/answers.jsonl").read_bytes()
-    assert answers == Path("whole/round_1/answers.jsonl").read_bytes()
+    head, *answers = read_rows(Path("out/round_1/answers.jsonl"))
     write_function("return len(answer)")
+    monkeypatch.setattr(Sampler, "draw", None)
     assert dpo(reward=FUNCTION, **settings) == 0
-    assert Path("out/round_1/answers.jsonl").read_bytes() == answers
+    scored = read_rows(Path("out/round_1/answers.jsonl"))
+    assert scored == read_rows(Path("whole/round_1/answers.jsonl"))
+    for row in scored[1:]:
+        for answer in row["answers"]:
+            assert answer.pop("reward") == len(answer["text"])
+    assert [head, *sorted(answers, key=itemgetter("prompt"))] == scored
     assert weights_bytes("out/round_1") == weights_bytes("whole/round_1")
 
 

@@ -41,6 +41,7 @@ from support import report, rounds, samples
 from support.config import read_config
 from support.run_log import read_rows
 from support.sampler import Told
+from support.shapes import read_preference
 from test_checkpoint import Runner
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -101,6 +102,12 @@ def asked_in(folder):
     return [row["prompt"][-1]["content"] for row in pairs_of(folder)]
 
 
+def text_of(answer):
+    (turn,) = answer
+    assert turn["role"] == "assistant"
+    return turn["content"]
+
+
 def files(folder):
     """What is in a folder, with the moment of its writing."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -156,8 +163,26 @@ def test_the_balance_of_lengths_is_kept_from_prompt_to_prompt():
     answers = [[Told("good", True, 20), Told("short", True, 18), Told("longer", True, 22)]] * 4
     rewards = torch.tensor([[1.0, 0.0, 0.0]] * 4)
     pairs = rounds._couple_all(prompts, answers, rewards, SimpleNamespace(columns=None))
-    assert [pair["rejected"] for pair in pairs] == ["short", "longer"] * 2
+    assert [text_of(pair["rejected"]) for pair in pairs] == ["short", "longer"] * 2
     assert [pair["prompt"] for pair in pairs] == [[user(f"Q {number}")] for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "good, bad",
+    [
+        ("Which of the two is it now? This one.", "Which of the two is it now? That one."),
+        ("Human: Why?\n\nAssistant: So.", "Human: Why?\n\nAssistant: No."),
+        ("### Instruction: none", "### Instruction: some"),
+        ('{"role": "user", "content": "a"}', '[{"role": "user", "content": "b"}]'),
+    ],
+)
+def test_what_is_sampled_is_trained_on_as_it_is_whatever_it_looks_like(good, bad):
+    asked = [replace(PAIRS[0], record=record("Which of the two is it now?"))]
+    answers, rewards = [[Told(good, True, 9), Told(bad, True, 9)]], torch.tensor([[1.0, 0.0]])
+    (row,) = rounds._couple_all(asked, answers, rewards, SimpleNamespace(columns=None))
+    preference = read_preference(row)
+    assert (preference.chosen, preference.rejected) == (good, bad)
+    assert preference.messages == [user("Which of the two is it now?")]
 
 
 # Prompts
@@ -208,14 +233,14 @@ def test_pairs_are_sampled_answers_better_against_worse_one_pair_a_prompt(whole)
         _, *lines = read_rows(folder / "answers.jsonl")
         drawn = {line["prompt"]: line["answers"] for line in lines}
         assert sorted(drawn) == list(range(4))
-        texts = [{text: ended for text, ended, _ in answers} for answers in drawn.values()]
+        texts = [{a["text"]: a["ended"] for a in answers} for answers in drawn.values()]
         pairs = pairs_of(folder)
         assert len({pair["prompt"][-1]["content"] for pair in pairs}) == len(pairs) == 4
         for pair in pairs:
-            assert pair["score_chosen"] == len(pair["chosen"]) > len(pair["rejected"])
-            assert pair["score_rejected"] == len(pair["rejected"])
-            (own,) = [row for row in texts if pair["chosen"] in row]
-            assert own[pair["chosen"]] and own[pair["rejected"]]
+            chosen, rejected = text_of(pair["chosen"]), text_of(pair["rejected"])
+            assert pair["score_chosen"] == len(chosen) > len(rejected) == pair["score_rejected"]
+            (own,) = [row for row in texts if chosen in row]
+            assert own[chosen] and own[rejected]
             whole_ones = [len(text) for text, ended in own.items() if ended and text]
             assert pair["score_chosen"] == max(whole_ones) and pair["score_rejected"] == min(
                 whole_ones
@@ -226,12 +251,12 @@ def test_a_verifier_couples_no_answer_that_did_not_end(dpo, settings):
     write_reward("len(answer) > 6")
     assert dpo(**settings | {"samples_per_prompt": 16, "rounds": 1}) == 0
     _, *lines = read_rows(Path("out/round_1/answers.jsonl"))
-    cut = {text for line in lines for text, ended, _ in line["answers"] if not ended}
+    cut = {a["text"] for line in lines for a in line["answers"] if not a["ended"]}
     assert cut
     for pair in pairs_of("out/round_1"):
         assert (pair["score_chosen"], pair["score_rejected"]) == (1.0, 0.0)
-        assert len(pair["chosen"]) > 6 >= len(pair["rejected"])
-        assert not {pair["chosen"], pair["rejected"]} & cut
+        chosen, rejected = text_of(pair["chosen"]), text_of(pair["rejected"])
+        assert len(chosen) > 6 >= len(rejected) and not {chosen, rejected} & cut
 
 
 def test_the_pairs_of_a_round_are_a_set_that_can_be_looked_at(dpo, whole, capsys):
@@ -397,16 +422,20 @@ def test_the_report_has_a_row_for_the_start_and_each_round(whole):
     text = (whole.folder / "report.md").read_text()
     table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in row] for row in table]
-    assert header == ["after round", "pairs", "rewards/accuracies", *samples.LABELS.values()]
+    labels = samples.LABELS.values()
+    assert header == ["after round", "pairs", *labels, "reward since the start, paired"]
     assert [row[:2] for row in rows] == [["start", ""], ["1", "4"], ["2", "4"]]
     evaluations = [read_metrics(whole.folder / f"round_{n}", "eval") for n in (1, 2)]
     shown = [evaluations[0][0], evaluations[0][-1], evaluations[1][-1]]
     for row, figures in zip(rows, shown, strict=True):
-        for name, cell in zip(samples.LABELS, row[3:], strict=True):
+        for name, cell in zip(samples.LABELS, row[2:-1], strict=True):
             half_width = figures.get(f"{name}/ci95")
             expected = f"{figures[name]:.3f}"
             assert cell == (expected if half_width is None else f"{expected} ± {half_width:.3f}")
-    assert text.strip() == text.strip().strip() and "![rounds](rounds.png)" in text
+    before, after = shown[0]["samples/reward"], shown[2]["samples/reward"]
+    gain, _, half_width = rows[2][-1].partition(" ± ")
+    assert float(gain) == pytest.approx(after - before, abs=6e-4) and float(half_width) > 0
+    assert rows[0][-1] == "" and "![rounds](rounds.png)" in text
     for line in text.splitlines():
         assert line in whole.printed or line.startswith(("# out", "![rounds]")), line
     assert f"The last model is in {whole.folder / 'round_2'}" in whole.printed
@@ -428,8 +457,9 @@ def test_the_picture_has_a_point_for_the_start_and_each_round(whole):
 def test_what_became_of_a_rounds_answers_is_said(whole):
     _, *lines = read_rows(whole.folder / "round_1/answers.jsonl")
     answers = [answer for line in lines for answer in line["answers"]]
-    ended = round(100 * sum(end for _, end, _ in answers) / 32)
-    mean = sum(len(text) for text, _, _ in answers) / 32
+    ended = round(100 * sum(answer["ended"] for answer in answers) / 32)
+    mean = sum(len(answer["text"]) for answer in answers) / 32
+    assert all(answer["reward"] == len(answer["text"]) for answer in answers)
     assert (
         f"round 1: 4 pairs of 4 prompts; 32 answers, {ended} % ended, mean reward {mean:.4g}"
         in whole.printed
@@ -457,6 +487,53 @@ def test_a_finished_run_samples_and_trains_nothing_and_one_more_round_goes_on(
     assert dpo(**given) == 0
     assert (tmp_path / "copy/round_3/model").exists()
     assert "| 3 " in (tmp_path / "copy/report.md").read_text()
+
+
+def test_rounds_that_fail_late_have_told_what_those_before_gave(dpo, settings, capsys):
+    write_reward("len(answer) if not Path('out/round_1/model').exists() else 1")
+    Path("judge.py").write_text("from pathlib import Path\n" + Path("judge.py").read_text())
+    assert dpo(**settings) == 2
+    out = capsys.readouterr().out
+    assert "Error: round 2: no prompt has two answers" in out
+    assert "| 1 | 4 |" in out and "| 1 | 4 |" in Path("out/report.md").read_text()
+
+
+@pytest.mark.parametrize("change", ["split", "dataset", "train_pairs", "eval_pairs", "columns"])
+def test_all_rounds_of_a_folder_are_of_one_set(dpo, settings, capsys, change):
+    assert dpo(**settings | {"rounds": 1}) == 0
+    before = files("out")
+    other = {"train_pairs": 3, "eval_pairs": 2, "columns": {"prompt": "ask"}}.get(change, "other")
+    assert dpo(**settings | {change: other}) == 2
+    assert f"Error: out: {change} was " in capsys.readouterr().out
+    assert files("out") == before
+
+
+def test_rounds_take_no_folder_of_another_run_and_leave_theirs_to_none(dpo, settings, capsys):
+    plain = settings | {"rounds": 0, "samples_per_prompt": 8}
+    assert dpo(**plain, output_dir="plain") == 0
+    before = files("plain")
+    assert dpo(**settings, output_dir="plain") == 2
+    assert "Error: plain: rounds was 0, is 2" in capsys.readouterr().out
+    assert files("plain") == before
+    assert dpo(**settings | {"rounds": 1}) == 0
+    assert dpo(**plain) == 2
+    assert "Error: out: rounds was 1, is 0" in capsys.readouterr().out
+
+
+def test_a_setting_that_stops_rounds_before_they_sample_may_be_mended(dpo, settings, capsys):
+    assert dpo(**settings | {"model": "./nowhere"}) == 2
+    assert dpo(**settings | {"reward": "nowhere.py:judge"}) == 2
+    assert dpo(**settings | {"rounds": 1}) == 0
+
+
+def test_steps_of_an_answer_are_refused(dpo, settings, capsys):
+    rows = []
+    for number in range(12):
+        row = {"prompt": f"Q {number}", "initial_reason_steps": "One. "}
+        rows.append(row | {"chosen": "Two.", "rejected": "Three."})
+    path = write_jsonl(Path("steps.jsonl"), rows)
+    assert dpo(**settings, dataset=str(path)) == 2
+    assert "rounds sample whole answers, and this set's are steps" in capsys.readouterr().out
 
 
 def test_rounds_without_held_out_pairs_train_and_say_that_nothing_is_measured(
@@ -506,6 +583,8 @@ def test_a_sweep_of_rounds_compares_the_last_rounds_on_a_frontier(dpo, settings,
     [
         ({"reward": None}, "rounds sample answers, and need a reward"),
         ({"revision": "v1"}, "with revision, download that commit"),
+        ({"keep": "best"}, "keep=best goes by the loss on the set's own pairs"),
+        ({"load_in_4bit": True, "lora_r": 4}, "rounds sample from weights that are not packed"),
         ({"kl_model": "./nowhere"}, "kl_model: model ./nowhere: no such file or folder"),
         ({"reference_model": "./nowhere"}, "reference_model: model ./nowhere: no such file"),
     ],
@@ -603,8 +682,9 @@ def test_another_model_or_set_in_the_folder_of_a_half_sampled_round_is_refused(
     moved[name][0] += 0.1
     settings = half_sampled | {"model": str(tmp_path / "model"), "output_dir": "other"}
     shutil.copytree("out", "other")
-    noted = Path("other/round_1/config.yaml")
-    noted.write_text(noted.read_text().replace(talker, settings["model"]).replace("out/", "other/"))
+    for noted in Path("other").rglob("config.yaml"):
+        text = noted.read_text().replace(talker, settings["model"])
+        noted.write_text(text.replace("out/", "other/"))
     save_file(moved, tmp_path / "model/model.safetensors", {"format": "pt"})
     assert dpo(**settings) == 2
     said = capsys.readouterr().out
@@ -722,8 +802,8 @@ def test_4_sigkills_in_two_rounds_leave_the_same_bytes(run, undisturbed):
 
 def test_a_kill_while_pairs_are_written_leaves_no_half_of_them(run, undisturbed):
     work = run.new()
-    # held-out pairs and the head of the answers are written before
-    end = run(work, fault=["kill_within_file", "write_records", 3, 200])
+    # held-out pairs, the head of the answers and these with rewards are written before
+    end = run(work, fault=["kill_within_file", "write_records", 4, 200])
     assert end["code"] == -signal.SIGXFSZ, end["text"]
     assert not (work / "run/round_1/pairs.jsonl").exists()
     assert (work / "run/round_1/pairs.jsonl.tmp").exists()

@@ -1,8 +1,8 @@
 """A reward for `reward: tests/pairs/reward.py:passes`, and an example for one of your own.
 
 It is called for each sampled answer, with the prompt's messages, the answer's text and the record
-that the prompt came from. True and False (or 1 and 0) make a verifier: a passing answer is trained
-on against a failing one. Any other numbers make best against worst.
+that the prompt came from. True and False make a verifier: a passing answer is trained on against a
+failing one, and an answer that did not end fails. Numbers make best against worst.
 """
 
 import sys
