@@ -121,6 +121,9 @@ class RunLog:
         """Log an evaluation after so many optimizer steps."""
         self._write(step, "eval", figures)
         self.losses[step] = figures["loss"]
+        if step == self.done:  # its time, as of sampled answers, tells nothing of the steps'
+            self.began = time.time()
+            self.bar.unpause()
 
     def _write(self, step, split, figures):
         """Append a row to metrics.jsonl, and send it to the tracker."""

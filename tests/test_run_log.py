@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 from helpers import figures_of
 from support import run_log
@@ -40,3 +41,16 @@ def test_the_bar_shows_all_figures_at_140_columns(monkeypatch):
     shown = shown_at(140, monkeypatch)
     assert len(shown) <= 140 and shown.endswith(", peak share 0.0001524]")
     assert "loss 0.6931, accuracy 0.5625, margin -0.0001234, tokens/s 1235," in shown
+
+
+def test_the_time_left_is_that_of_steps_without_the_evaluation_before_them(monkeypatch, capsys):
+    clock = [1000.0]
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(time=lambda: clock[0]))
+    figures = figures_of(0.5, 0.69, 0.0) | {"tokens": 10}
+    with run_log.RunLog(Path(), Config(), [[[0, 1]]] * 20, 0, 0.0, 1.0) as log:
+        clock[0] += 300
+        log.log_evaluation(0, {"loss": 0.69})
+        for step in (1, 2):
+            clock[0] += 5
+            log.log_step(step, figures, 5.0)
+    assert "training 2/20, 90 s left" in capsys.readouterr().out
