@@ -165,9 +165,14 @@ def _judge(config, changes, answers):
             f"{_short(config.lr)} the answers hardly can{seen}. To see a change, "
             f"{_at_higher_lr(config)}."
         )
+    own_answers = "Whether its own answers are better, only reading them shows (report.md)."
+    if config.reward and config.eval_samples:
+        own_answers = (
+            "What its own answers are worth, the rewards of sampled ones tell (report.md)."
+        )
     return (
         "The model prefers the chosen answers of held-out pairs more than before, by more than "
-        "chance. Whether its own answers are better, only reading them shows (report.md)."
+        f"chance. {own_answers}"
     )
 
 
