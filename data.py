@@ -110,7 +110,7 @@ def load_pairs(config, tokenizer, look=None):
         eval_source = config.eval_dataset or config.dataset
         raise _no_usable_pair(eval_source, eval_records, drops["eval"], config.columns)
     pairs = {"train": train, "eval": held_out}
-    if len(train) == wanted < len(order):
+    if len(train) == wanted < len(order) and not config.rounds:  # whose rounds take others
         number = f"{wanted:,} of {len(records):,} records"
         say(f"train_pairs={wanted}: {number} are trained on; train_pairs=0 takes all")
     _say_what_is_odd(pairs, encoder, records)

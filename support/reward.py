@@ -10,10 +10,11 @@ import sys
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from support.errors import InputError, first_line
-from support.processes import WORLD, fail_together, is_first, sum_over_processes
+from support.processes import WORLD, fail_together, is_first, say, sum_over_processes
 from support.sampler import Told
 from support.shapes import read_preference
 from support.sources import announce_download, open_source
@@ -178,7 +179,20 @@ def _by_model(config, asked):
     rewards = [math.nan] * len(asked)
     encoded = []
     for messages, answer, _ in asked:
-        encoded.append(_encode(tokenizer, messages, answer))
+        try:
+            encoded.append(_encode(tokenizer, messages, answer))
+        except (TemplateError, TypeError) as error:  # such as for roles that it refuses
+            raise InputError(
+                f"reward {config.reward}: its chat template refuses a conversation: "
+                f"{first_line(error)}, for the prompt {messages[-1]['content']!r:.300}"
+            ) from error
+    longest = tokenizer.model_max_length
+    cut = sum(len(text["input_ids"]) >= longest for text in encoded)
+    if cut:
+        say(
+            f"!!! {cut} of {len(encoded)} conversations were cut to the {longest} tokens that "
+            f"{config.reward} reads !!!"
+        )
     order = sorted(range(len(asked)), key=lambda number: len(encoded[number]["input_ids"]))
     # the model tells a text's last token by its own padding, which need not be the tokenizer's
     padding = model.config.pad_token_id

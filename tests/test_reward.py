@@ -255,6 +255,23 @@ def test_a_reward_model_without_a_template_reads_prompt_and_answer_as_a_pair(tmp
     assert torch.tensor(found) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_template_that_refuses_a_conversation_is_named_with_the_prompt(tmp_path):
+    folder = write_reward_model(tmp_path / "rm")
+    template = Path(folder) / "chat_template.jinja"
+    template.write_text("{{ raise_exception('Only questions!') }}")
+    with pytest.raises(InputError, match="refuses a conversation: .*Only questions!.*prompt 'a'"):
+        rewards_of(ANSWERS, asked(*PROMPTS), reward=folder)
+
+
+def test_conversations_that_a_reward_model_reads_no_further_are_counted(tmp_path, capsys):
+    folder = write_reward_model(tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 25
+    tokenizer.save_pretrained(folder)
+    rewards_of(ANSWERS, asked(*PROMPTS), reward=folder)
+    assert f"of 9 conversations were cut to the 25 tokens that {folder}" in capsys.readouterr().out
+
+
 def test_a_reward_that_is_not_finite_is_told_with_the_prompt(tmp_path):
     folder = write_reward_model(tmp_path / "rm")
     model = AutoModelForSequenceClassification.from_pretrained(folder)
