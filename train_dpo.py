@@ -378,13 +378,13 @@ class AnswerLogps(nn.Module):
         attention = SHARED_PROMPT if shared else self.native_attention
         self.model.set_attn_implementation(attention)
 
-    def forward(self, row):
-        """(n,) float32: log-probabilities of row.targets in nats."""
+    def forward(self, row, temperature=1.0):
+        """(n,) float32: log-probabilities of row.targets in nats, of logits / temperature."""
         if self.shared:
-            return self.forward_shared(row)
-        return self.forward_separate(row)
+            return self.forward_shared(row, temperature)
+        return self.forward_separate(row, temperature)
 
-    def forward_separate(self, row):
+    def forward_separate(self, row, temperature):
         """Prompt and answer, each answer through the model's own forward: right for any model."""
         parts = row.input_ids.split([length for segment in row.segments for length in segment])
         logps = []
@@ -393,17 +393,17 @@ class AnswerLogps(nn.Module):
                 ids = torch.cat((prompt, answer))
                 logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
                 # the logits at position t predict token t + 1
-                logits = logits[len(prompt) - 1 : -1].float()
+                logits = logits[len(prompt) - 1 : -1].float() / temperature
                 logps.append(logits.log_softmax(1).gather(1, answer[:, None]).squeeze(1))
         return torch.cat(logps)
 
-    def forward_shared(self, row):
+    def forward_shared(self, row, temperature):
         """All pairs of the row in one pass, each prompt computed once for both answers."""
         position_ids = row.position_ids[None]
         hidden = self.hidden_states(row.input_ids[None], position_ids, segments=row.segments)
         # choose_layout has seen that the head is no more than these weights
         head = self.model.get_output_embeddings()
-        return token_logps(hidden[0, row.predictors], head.weight, row.targets)
+        return token_logps(hidden[0, row.predictors] / temperature, head.weight, row.targets)
 
     def hidden_states(self, input_ids, position_ids, **attention):
         """(b, t, d): the body's last; `attention` is what shared_prompt_attention is given."""
@@ -422,11 +422,12 @@ class AnswerLogps(nn.Module):
 
 
 @torch.no_grad()
-def compute_logps(setup, split, config, title):
+def compute_logps(setup, split, config, title, temperature=1.0):
     """log pi(y|x) of all pairs of a split under the policy as it is now.
 
-    title    what the progress is called
-    returns  (pairs, 2) float32: chosen, rejected, in nats
+    title        what the progress is called
+    temperature  divides the logits, where answers sampled at that temperature are scored
+    returns      (pairs, 2) float32: chosen, rejected, in nats
     """
     # Evaluation pairs see the float32 weights that a run saves. Training pairs see the rounded
     # ones of its steps, which lr 1e-7 hardly moves; several processes have no others gathered.
@@ -438,7 +439,7 @@ def compute_logps(setup, split, config, title):
     with processes.progress(f"{title}, {split}", len(logps)) as bar:
         for members, share in processes.share_rows(setup.rows[split]):
             row = setup.make_row(split, members)
-            tokens = torch.func.functional_call(setup.policy, float32_weights, (row,))
+            tokens = torch.func.functional_call(setup.policy, float32_weights, (row, temperature))
             answers = sequence_logps(tokens, row.lengths)
             logps[members] += share * answers.view(-1, 2).float()
             bar.update(len(members) * processes.WORLD)

@@ -36,7 +36,7 @@ def measure(setup, config, folder, step, lay_out, compute_logps):
 
     The answers of all evaluations have the same random numbers, so changes are paired by prompt.
     The KL divergence from the first model is estimated as the mean of log pi - log pi_first of the
-    answers, which is right on average at temperature 1; the entropy as that of -log pi a token.
+    answers, the entropy as that of -log pi a token: both of what is sampled, at its temperature.
 
     lay_out        data.lay_out
     compute_logps  train_dpo.compute_logps
@@ -50,18 +50,16 @@ def measure(setup, config, folder, step, lay_out, compute_logps):
     rewards = score_answers(config, prompts, answers)
 
     split = "sampled answers"
-    pairs = _as_pairs(prompts, drawn)
-    steps = lay_out({split: pairs}, config)
-    sampled = replace(setup, pairs={split: pairs}, steps=steps)
-    logps = compute_logps(sampled, split, config, "policy")
-    first_logps = compute_logps(replace(sampled, policy=setup.first), split, config, "first model")
-
-    shape = (len(prompts), -1)
-    figures = {
-        "reward": rewards.tolist(),
-        "logp": logps.view(shape).tolist(),
-        "first_logp": first_logps.view(shape).tolist(),
-    }
+    pairs = {split: _as_pairs(prompts, drawn)}
+    sampled = replace(setup, pairs=pairs, steps=lay_out(pairs, config))
+    of_first = replace(sampled, policy=setup.first)
+    figures = {"reward": rewards.tolist()}
+    for name, title, scored in (
+        ("logp", "policy", sampled),
+        ("first_logp", "first model", of_first),
+    ):
+        logps = compute_logps(scored, split, config, title, config.temperature)
+        figures[name] = logps.view(len(prompts), -1).tolist()
     rows = _as_rows(answers, figures)
     write_records(samples_file(folder, step), rows)
     wait_for_all()
