@@ -37,7 +37,7 @@ from support.shapes import read_preference
 from support.verdict import markdown
 
 HELD_OUT = "held_out.jsonl"
-NEAR = 3  # tokens: couples of answers whose lengths differ by less than this more are as near
+NEAR = 0.2  # of the longer answer: couples whose lengths differ by less than this more are as near
 PANELS = [REWARD, TOKENS, KL]  # of rounds.png
 
 
@@ -235,7 +235,7 @@ def _read_answers(path, origin):
 def _couple_all(prompts, answers, rewards, config):
     """Records of the pairs of a round, at most one a prompt."""
     pairs = []
-    lead = 0  # how many more chosen answers were the longer than the shorter ones
+    lead = 0  # how many tokens more the chosen answers have so far
     for pair, drawn, scores in zip(prompts, answers, rewards.tolist(), strict=True):
         ended = []
         for answer, score in zip(drawn, scores, strict=True):
@@ -245,7 +245,7 @@ def _couple_all(prompts, answers, rewards, config):
         if found is None:
             continue
         chosen, rejected = found
-        lead += (chosen[1] > rejected[1]) - (chosen[1] < rejected[1])
+        lead += chosen[1] - rejected[1]
         record = pair.record.get(ORIGINAL, pair.record)
         preference = read_preference(record, config.columns)
         # as turns, for plain text is searched for a prompt or the turns of a dialogue in it
@@ -259,11 +259,11 @@ def couple(answers, lead):
     """The best of the answers to a prompt and the worst.
 
     Where several are as good, as a verifier finds them, the couple nearest in length, for a model
-    would else learn that short answers win, or long ones; of couples about as near, one that brings
-    `lead` nearer to zero.
+    would else learn that short answers win, or long ones; of couples about as near, the one that
+    brings `lead` nearest to zero.
 
     answers  list of (text, tokens, reward)
-    lead     how many chosen answers so far were the longer ones of their couple, minus the shorter
+    lead     how many tokens more than the rejected answers the chosen ones so far have
     returns  (chosen, rejected), or None where no answer is better than another
     """
     rewards = [reward for _, _, reward in answers]
@@ -273,12 +273,10 @@ def couple(answers, lead):
     bad = [answer for answer in answers if answer[2] == min(rewards)]
     couples = list(itertools.product(good, bad))
     nearest = min(map(_distance, couples))
-    side = -1 if lead > 0 else 1
 
     def order(found):
         near = _distance(found) < nearest + NEAR
-        on_the_other_side = _gap(found) * side > 0
-        return not near, not on_the_other_side, _distance(found)
+        return not near, abs(lead + _gap(found)), _distance(found)
 
     return min(couples, key=order)
 
@@ -290,7 +288,8 @@ def _gap(found):
 
 
 def _distance(found):
-    return abs(_gap(found))
+    """How far a couple's lengths are apart, as a part of the longer one's."""
+    return abs(_gap(found)) / max(tokens for _, tokens, _ in found)
 
 
 def _tell(number, answers, rewards, pairs):

@@ -128,17 +128,20 @@ def test_the_best_answer_is_coupled_with_the_worst():
 
 
 def test_of_answers_as_good_the_couple_nearest_in_length_is_taken():
-    answers = [("a", 40, 1), ("b", 10, 1), ("c", 90, 0), ("d", 22, 0), ("e", 60, 0)]
-    assert couple(*answers) == ("b", "d")  # 12 apart, the others 18 and more
+    answers = [("a", 100, 1), ("b", 10, 1), ("c", 60, 0), ("d", 16, 0), ("e", 140, 0)]
+    # a is 40 tokens from e, which is 29 % of e; b 6 tokens from d, but 38 % of d; c is 40 % from a
+    assert couple(*answers[:4]) == ("b", "d")
+    near = [("a", 100, 1), ("b", 10, 1), ("c", 120, 0), ("d", 16, 0)]
+    assert couple(*near, lead=20) == ("a", "c")  # 17 and 38 % of the longer answer
 
 
 def test_of_couples_as_near_one_is_taken_that_keeps_the_lengths_in_balance():
     answers = [("a", 20, 1), ("b", 22, 0), ("c", 18, 0)]
-    assert couple(*answers, lead=0) == couple(*answers, lead=-1) == ("a", "c")
+    assert couple(*answers, lead=-1) == ("a", "c")
     assert couple(*answers, lead=1) == ("a", "b")
-    nearer = [("a", 20, 1), ("b", 21, 0), ("c", 17, 0)]  # 2 tokens further are as near
+    nearer = [("a", 20, 1), ("b", 21, 0), ("c", 16, 0)]  # 5 % and 20 %: as near
     assert couple(*nearer, lead=-5) == ("a", "c")
-    further = [("a", 20, 1), ("b", 21, 0), ("c", 16, 0)]
+    further = [("a", 20, 1), ("b", 20, 0), ("c", 16, 0)]  # 0 % and 20 %
     assert couple(*further, lead=-5) == ("a", "b")
 
 
@@ -147,15 +150,18 @@ def test_answers_that_are_all_as_good_make_no_couple(rewards):
     assert couple(*((str(i), i, reward) for i, reward in enumerate(rewards))) is None
 
 
-def test_couples_of_many_prompts_have_the_longer_one_chosen_as_often_as_not():
-    draw, lead = random.Random(0), 0
+def test_chosen_answers_of_many_prompts_are_as_long_as_the_rejected_ones():
+    draw, lead, apart, number = random.Random(0), 0, 0, 0
     for _ in range(200):
-        answers = [(str(i), draw.randint(5, 30), draw.random() < 0.4) for i in range(8)]
+        answers = []
+        for text in "abcdefgh":  # good answers are shorter by a third
+            good = draw.random() < 0.4
+            answers.append((text, draw.randint(5, 40 if good else 60), good))
         found = rounds.couple(answers, lead)
         if found:
             gap = found[0][1] - found[1][1]
-            lead += (gap > 0) - (gap < 0)
-            assert abs(lead) <= 4
+            lead, apart, number = lead + gap, apart + abs(gap), number + 1
+    assert number > 190 and apart / number > 2 and abs(lead) / number < 0.2
 
 
 def test_the_balance_of_lengths_is_kept_from_prompt_to_prompt():
@@ -163,7 +169,7 @@ def test_the_balance_of_lengths_is_kept_from_prompt_to_prompt():
     answers = [[Told("good", True, 20), Told("short", True, 18), Told("longer", True, 22)]] * 4
     rewards = torch.tensor([[1.0, 0.0, 0.0]] * 4)
     pairs = rounds._couple_all(prompts, answers, rewards, SimpleNamespace(columns=None))
-    assert [text_of(pair["rejected"]) for pair in pairs] == ["short", "longer"] * 2
+    assert [text_of(pair["rejected"]) for pair in pairs] == ["longer", "short"] * 2
     assert [pair["prompt"] for pair in pairs] == [[user(f"Q {number}")] for number in range(4)]
 
 
