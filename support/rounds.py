@@ -97,6 +97,7 @@ def lacks_pairs(config, number, overwrite):
 
     raises   InputError, as check_noted does, for the folders of all rounds and of this one
     """
+    wait_for_all()  # for the first process writes the model of the round before
     check_noted(Path(config.output_dir), config, overwrite)
     folder = folder_of(config, number)
     finished = is_finished(folder, config_of(config, number), overwrite)

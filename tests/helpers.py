@@ -237,6 +237,7 @@ def data_config(dataset, **changes):
         "keep_ties": False,
         "columns": None,
         "reward": None,
+        "rounds": 0,
         "offline": {},
     }
     return SimpleNamespace(**{**settings, **changes})

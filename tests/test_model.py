@@ -203,21 +203,22 @@ def test_bfloat16_is_saved_where_it_is_asked_for(dpo):
 def test_bfloat16_compute_still_saves_the_float32_weights(dpo, tiny_model):
     assert dpo(dtype="bfloat16", lr=1e-7, train_pairs=2, eval_pairs=0) == 0
     assert json.loads(Path("out/model/config.json").read_text())["dtype"] == "float32"
-    given = load_file(Path(tiny_model) / "model.safetensors")
-    first = {name: weight.bfloat16().float() for name, weight in given.items()}
+    first = load_file(Path(tiny_model) / "model.safetensors")
     trained = load_file("out/model/model.safetensors")
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert share(trained[n] != w for n, w in decoder_matrices(first).items()) > 0.999
-    assert all((trained[n] - w).abs().max() < 2e-7 for n, w in decoder_matrices(first).items())
+    # all but those that were halfway between two of bfloat16
+    near = ((trained[n] - w).abs() < 2e-7 for n, w in decoder_matrices(first).items())
+    assert share(near) > 0.999
 
 
 def test_a_bfloat16_run_evaluates_the_float32_weights_that_it_saves(dpo, ready):
     assert dpo(dtype="bfloat16", lr=1e-6) == 0
+    first = ready(dtype="bfloat16")[0].weights
     setup, config = ready(dtype="float32")
     score = lambda: train_dpo.compute_logps(setup, "eval", config, "evaluation")
     with torch.no_grad():
-        for weight in setup.model.parameters():
-            weight.copy_(weight.bfloat16())
+        setup.model.load_state_dict(first, strict=False)
         reference = score()
         setup.model.load_state_dict(load_file("out/model/model.safetensors"), strict=False)
         change = config.beta * (score() - reference).mean(0)

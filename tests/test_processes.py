@@ -239,7 +239,10 @@ def test_a_reward_that_fails_ends_all_processes_with_one_message_and_keeps_the_a
     start, in_rounds, tmp_path
 ):
     judge = tmp_path / "judge.py"
-    judge.write_text("def judge(messages, answer, record):\n    return None\n")
+    judge.write_text(
+        "asked = []\ndef judge(messages, answer, record):\n"
+        "    asked.append(answer)\n    return len(answer) if len(asked) < 3 else None\n"
+    )
     given = in_rounds | {"reward": f"{judge}:judge", "rounds": 1, "eval_samples": 0}
     folder, process = start("failing", 2, **given)
     printed, errors = process.communicate(timeout=100)

@@ -544,9 +544,9 @@ def passes(monkeypatch):
     """The rows that the policy has run, one after the other."""
     rows, forward = [], AnswerLogps.forward
 
-    def counted(policy, row):
+    def counted(policy, row, *temperature):
         rows.append(row)
-        return forward(policy, row)
+        return forward(policy, row, *temperature)
 
     monkeypatch.setattr(AnswerLogps, "forward", counted)
     return rows
