@@ -68,6 +68,18 @@ def gradients(policy, row, direction):
     return logps.detach(), {n: p.grad.clone() for n, p in parameters if p.grad is not None}
 
 
+@torch.no_grad()
+def test_log_probabilities_at_a_temperature_are_of_logits_divided_by_it():
+    policy = AnswerLogps(build_model("llama"))
+    separate = policy(make_row(PAIRS, [0, 1, 2]), 0.5)
+    assert choose_layout(policy, PAIRS, make_row) and policy.shared
+    shared = policy(make_row(PAIRS, [0, 1, 2]), 0.5)
+    policy.model.get_output_embeddings().weight.mul_(2)
+    expected = plain_row_logps(policy.model, PAIRS[:3])
+    torch.testing.assert_close(shared, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(separate, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompts_give_the_log_probabilities_and_gradients_of_separate_sequences(family):
     model = build_model(family, **FAMILIES[family])
