@@ -20,8 +20,7 @@ from support.processes import say
 
 CONFIG_FILE = Path(__file__).parent.parent / "config.yaml"  # with a comment for each setting
 OTHER_NAMES = Path(__file__).parent / "other_names.yaml"  # other trainers' settings
-# Settings that decide how a run is watched, not what it computes.
-# a setting: those that do nothing without it, and how it is set
+# A setting, those that do nothing without it, and how it is set.
 SERVE_ANOTHER = {
     "lora_r": (
         ["lora_alpha", "lora_dropout", "lora_target_modules", "lora_merge"],
@@ -33,6 +32,7 @@ SERVE_ANOTHER = {
         "reward=file.py:function scores sampled answers",
     ),
 }
+# Settings that decide how a run is watched, not what it computes.
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
 MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {

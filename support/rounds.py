@@ -195,8 +195,8 @@ def _sample(setup, config, prompts, path, seed):
 
 def _answers_row(position, pair, answers):
     """A line of answers.jsonl: a prompt, and what was answered to it."""
-    asked = [answer._asdict() for answer in answers]
-    return {"prompt": position, "messages": json.loads(pair.prompt), "answers": asked}
+    told = [answer._asdict() for answer in answers]
+    return {"prompt": position, "messages": json.loads(pair.prompt), "answers": told}
 
 
 def _note_rewards(path, origin, prompts, answers, rewards):
