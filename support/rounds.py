@@ -46,6 +46,11 @@ def folder_of(config, number):
     return Path(config.output_dir) / f"round_{number}"
 
 
+def first_folder(config):
+    """The folder of the run that the model began in: the first round's, or the run's own."""
+    return folder_of(config, 1) if config.rounds else Path(config.output_dir)
+
+
 def last_folder(config):
     """The folder of the run whose model is the last: the last round's, or the run's own."""
     return folder_of(config, config.rounds) if config.rounds else Path(config.output_dir)

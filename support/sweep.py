@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from support.files import write_atomically
 from support.processes import is_first, say
-from support.rounds import last_folder
+from support.rounds import first_folder, last_folder
 from support.run_log import read_rows, saved_evaluations
 from support.samples import KL, REWARD
 
@@ -56,9 +56,20 @@ def summarize_sweep(configs, varied, failed=None):
         before = BEFORE_TRAINING
         if configs[0].reference_model or configs[-1].reference_model:
             before = {}  # margins begin elsewhere
+        if REWARD in rows[0]:
+            before = before | _reward_before(configs)
         _draw_sweep(rows, varied, folder / "sweep.png", before)
         written += f" and {folder / 'sweep.png'}"
     say(written)
+
+
+def _reward_before(configs):
+    """The reward of sampled answers before training, where all runs begin with the same."""
+    found = set()
+    for config in configs:
+        for row in read_rows(first_folder(config) / "metrics.jsonl", "eval")[:1]:
+            found.add(row.get(REWARD))
+    return {REWARD: found.pop()} if len(found) == 1 else {}
 
 
 def plain(value):
@@ -144,7 +155,7 @@ def _draw_sweep(rows, varied, path, before):
     figure = Figure((18 if frontier else 12, 4), layout="constrained")
     axes = figure.subplots(1, 3 if frontier else 2)
     if frontier:
-        _draw_frontier(axes[2], lines)
+        _draw_frontier(axes[2], lines, before)
     for axis, name in zip(axes[:2], BEFORE_TRAINING, strict=True):
         # beside each other, or their intervals would hide one another
         dodge = DODGED / max(5, len(lines))
@@ -163,13 +174,15 @@ def _draw_sweep(rows, varied, path, before):
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
-def _draw_frontier(axis, lines):
+def _draw_frontier(axis, lines, before):
     """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper)."""
     names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
     for label, part in lines.items():
         frame = pandas.DataFrame(part).reindex(columns=names).astype(float)
         x, y, x_error, y_error = frame.sort_values(KL).to_numpy().T
         axis.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=label)
+    if REWARD in before:
+        axis.axhline(before[REWARD], color="gray", linestyle=":")
     axis.set(
         title="reward of sampled answers, 95 % intervals",
         xlabel="KL to the first model, nats an answer",

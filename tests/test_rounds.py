@@ -576,6 +576,9 @@ def test_a_sweep_of_rounds_compares_the_last_rounds_on_a_frontier(dpo, settings,
     expected = [(float(row["samples/kl"]), float(row["samples/reward"])) for row in table]
     for point, values in zip(sorted(points), sorted(expected), strict=True):
         assert point == pytest.approx(values)
+    start = read_metrics("s/run_beta0.1/round_1", "eval")[0]["samples/reward"]
+    (line,) = [line for line in frontier.lines if line.get_linestyle() == ":"]
+    assert list(line.get_ydata()) == [start, start]
     # both are of the first round's answers, for the model that answers is the same
     answers = [Path(f"s/run_beta{b}/round_1/answers.jsonl").read_bytes() for b in (0.1, 0.5)]
     assert answers[0] == answers[1]
