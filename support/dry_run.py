@@ -7,6 +7,7 @@ record beside the pair made of it.
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch.utils.benchmark import Timer
@@ -14,8 +15,10 @@ from torch.utils.benchmark import Timer
 from support.errors import shorten
 from support.four_bit import FourBitLinear
 from support.processes import WORLD, say
+from support.samples import make_sampler
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
+BRIEF = 16  # tokens of the answers that are drawn for an estimate
 SHOWN_TOKENS = (60, 30)  # of the beginning and of the end of a long text
 
 
@@ -61,7 +64,7 @@ def describe(pairs):
     ]
     if any(shapes):
         lines.insert(0, f"  recognised as: {_list(shapes)}")
-        lines.insert(1, f"  filled columns not used: {_list(unused)}")
+        lines.insert(1, f"  filled columns not used in the pair: {_list(unused)}")
     if dialogues:
         lines.append(f"  of several turns, of which only the last answer is scored: {dialogues}")
     return lines
@@ -123,10 +126,27 @@ def estimate(setup, config):
     cost = f"{minutes:.1f} minutes and {memory / 1e9:.1f} GB for each process"
     say(f"Estimate for {config.output_dir}: {cost}")
     if config.rounds:
-        say(
-            f"That is of the set's own pairs: {config.rounds} rounds sample theirs, and take longer"
-        )
+        _estimate_rounds(setup, config)
     say("Which answers the reference prefers already, a run tells after its reference pass")
+
+
+def _estimate_rounds(setup, config):
+    """Print what the answers of rounds would take, measured on the first of them."""
+    prompts = [pair.prompt_ids for pair in setup.pairs["train"]]
+    samples = config.samples_per_prompt
+    count = len(prompts) * samples * config.rounds
+    brief = replace(config, max_new_tokens=min(BRIEF, config.max_new_tokens))
+    sampler = make_sampler(setup, brief)
+    batch = sampler.batches(prompts, samples)[0]
+    names = {"draw": sampler.draw, "given": (prompts, batch, samples, "estimate")}
+    timer = Timer("draw(*given)", globals=names, num_threads=torch.get_num_threads())
+    seconds = timer.timeit(1).median / (len(batch) * samples * brief.max_new_tokens)
+    minutes = count * config.max_new_tokens * seconds / 60
+    say(
+        f"That is of the set's own pairs. {config.rounds} rounds train on their own, at most one a "
+        f"prompt, and sample {count:,} answers to {len(prompts):,} prompts a round for them, in at "
+        f"most {minutes:.0f} minutes; answers to held-out prompts come on top"
+    )
 
 
 def _tokens(pairs, members):

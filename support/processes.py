@@ -162,7 +162,7 @@ def _note_signal(number, frame):
 
 def _end_at_once(number, frame):
     """End without unwinding: threads that hang in a download would be waited for."""
-    _tell("Interrupted: no run was in training, so nothing is lost.")
+    _tell("Interrupted outside training: the same command goes on.")
     os._exit(128 + number)
 
 

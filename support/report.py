@@ -4,6 +4,7 @@ import glob
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 from dataclasses import asdict
@@ -92,10 +93,12 @@ def is_on_hub(name):
 
 
 def public_name(name):
-    """What was really used for a source; of a path its last part alone."""
+    """What was really used for a source; of a path its last part, with the run's if it has one."""
     if is_on_hub(name):
         return name
-    return os.path.basename(os.path.abspath(stand_ins_used.get(name, name)))
+    folder, last = os.path.split(os.path.abspath(stand_ins_used.get(name, name)))
+    run = os.path.basename(folder)
+    return f"{run}/{last}" if last == "model" or re.fullmatch(r"round_\d+", run) else last
 
 
 def public_settings(config):
@@ -201,8 +204,8 @@ def write_report(folder, config, pairs, answers):
     if config.keep == "best":
         evaluation += f"\n\n{tell_best(held_out, evaluations)}"
     sampled = samples.describe(held_out)
-    if sampled:
-        evaluation += f"\n\n{sampled}"
+    if sampled:  # what the model does comes before what it scores
+        evaluation = f"{sampled}\n\n{evaluation}"
     verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained)
     settings = public_settings(config)
@@ -239,6 +242,8 @@ def _method(settings):
     against = ""
     if settings["reference_model"]:
         against = f", against the reference {settings['reference_model']}"
+    if settings["kl_model"]:
+        against += f" (the first model: {settings['kl_model']})"
     return (
         f"Direct Preference Optimization (arXiv 2305.18290) of {settings['model']} on "
         f"{settings['dataset']}{against}; the base model's licence holds.{_packed(settings)}"

@@ -1,12 +1,15 @@
 """Rewards of answers: by a function of the user's, or by a reward model."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
 import numbers
 import os
 import sys
+import traceback
+from pathlib import Path
 
 import torch
 import transformers
@@ -34,6 +37,10 @@ def check_reward(config):
     if _is_function(config.reward):
         _load_function(config.reward)
         return
+    if config.reward.endswith(".py"):
+        raise InputError(
+            f"reward {config.reward}: name the function in it too: {config.reward}:FUNCTION"
+        )
     _check_labels(config, _open(config, transformers.AutoConfig))
 
 
@@ -62,15 +69,31 @@ def _open(config, kind, **options):
         raise InputError(f"reward: {error}") from error
 
 
+def reward_version(config):
+    """What tells two versions of a user's reward apart: a digest of its file; "" for a model."""
+    if not _is_function(config.reward):
+        return ""
+    path = Path(config.reward.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def try_reward(config, pairs):
     """Score the chosen answers of some pairs by a user's function, which may fail on the records.
 
     raises   InputError, as score_answers does, before a run samples and trains for nothing
     """
-    if config.reward and _is_function(config.reward):
-        for pair in pairs:
-            text = read_preference(pair.record, config.columns).chosen
-            score_answers(config, [pair], [[Told(text, True, len(pair.chosen_ids))]])
+    for pair in pairs if config.reward else []:
+        text = read_preference(pair.record, config.columns).chosen
+        try_answers(config, [pair], [[Told(text, True, len(pair.chosen_ids))]])
+
+
+def try_answers(config, pairs, answers):
+    """Score answers by a user's function, which may fail on them, before all are sampled.
+
+    raises   InputError, as score_answers does
+    """
+    if _is_function(config.reward):
+        score_answers(config, pairs, answers)
 
 
 def score_answers(config, pairs, answers):
@@ -146,7 +169,9 @@ def _by_function(reward, asked):
         try:
             value = function(messages, answer, record)
         except (Exception, SystemExit) as error:  # whatever a user's function may raise
-            raise InputError(f"reward {reward} fails: {first_line(error)}, {where}") from error
+            raise InputError(
+                f"reward {reward} fails{_line_of(error, function)}: {first_line(error)}, {where}"
+            ) from error
         number = _as_number(value)
         if not math.isfinite(number):
             raise InputError(
@@ -155,6 +180,15 @@ def _by_function(reward, asked):
         says_pass_or_fail = isinstance(value, bool) or str(getattr(value, "dtype", "")) in BOOLS
         rewards.append(bool(number) if says_pass_or_fail else number)
     return rewards
+
+
+def _line_of(error, function):
+    """In which line of a function's file an error arose, if it arose there."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename == file:
+            return f" in line {frame.lineno}"
+    return ""
 
 
 def _as_number(value):

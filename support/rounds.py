@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import yaml
 from matplotlib.figure import Figure
 
 from support.checkpoint import ANSWERS, PAIRS, check_noted, claim, is_finished
@@ -20,10 +21,12 @@ from support.errors import InputError
 from support.files import write_atomically, write_records, write_text
 from support.intervals import mean_half_width
 from support.processes import is_first, progress, say, wait_for_all
-from support.reward import ORIGINAL, score_answers, try_reward
+from support.report import public_settings
+from support.reward import ORIGINAL, score_answers, try_answers, try_reward
 from support.run_log import read_rows
 from support.sampler import Told
 from support.samples import (
+    ENDED,
     KL,
     LABELS,
     REWARD,
@@ -34,11 +37,17 @@ from support.samples import (
     samples_file,
 )
 from support.shapes import read_preference
-from support.verdict import markdown
+from support.verdict import ENOUGH_PAIRS, markdown
 
 HELD_OUT = "held_out.jsonl"
 NEAR = 0.2  # of the longer answer: couples whose lengths differ by less than this more are as near
-PANELS = [REWARD, TOKENS, KL]  # of rounds.png
+FEW = 0.1  # of a round's prompts: fewer that give a pair are worth a warning
+PANELS = {  # of rounds.png, each with its title
+    REWARD: "reward",
+    ENDED: "share that ended",
+    TOKENS: "tokens an answer",
+    KL: "KL to the first model, nats",
+}
 
 
 def folder_of(config, number):
@@ -176,6 +185,7 @@ def _sample(setup, config, prompts, path, seed):
     """Answers to a round's prompts, those that stand in the file already included.
 
     returns  for each prompt a list of Told
+    raises   InputError where the reward fails on the first of them
     """
     count = config.samples_per_prompt
     found = _read_answers(path, setup.origin)
@@ -186,14 +196,18 @@ def _sample(setup, config, prompts, path, seed):
             if found.keys() >= set(batch):
                 continue
             drawn = sampler.draw(ids, batch, count, seed)
+            told = list(map(sampler.tell_all, drawn))
+            is_first_batch = not found
             lines = []
-            for position, answers in zip(batch, drawn, strict=True):
-                found[position] = sampler.tell_all(answers)
+            for position, answers in zip(batch, told, strict=True):
+                found[position] = answers
                 row = _answers_row(position, prompts[position], found[position])
                 lines.append(json.dumps(row) + "\n")
             if is_first():
                 with open(path, "a", encoding="utf-8") as file:
                     file.write("".join(lines))
+            if is_first_batch:
+                try_answers(config, [prompts[position] for position in batch], told)
             bar.update(len(batch))
     return [found[position] for position in range(len(prompts))]
 
@@ -299,17 +313,26 @@ def _distance(found):
 
 
 def _tell(number, answers, rewards, pairs):
-    """Say what became of a round's answers."""
-    whole = 0
+    """Say what became of a round's prompts and answers."""
     total = 0
+    whole = 0
+    unfinished = 0
     for drawn in answers:
+        ended = sum(answer.ended for answer in drawn)
         total += len(drawn)
-        for answer in drawn:
-            whole += answer.ended
+        whole += ended
+        unfinished += ended < 2
+    alike = len(answers) - pairs - unfinished
     say(
-        f"round {number}: {pairs} pairs of {len(answers)} prompts; {total} answers, "
+        f"round {number}: {pairs} pairs of {len(answers)} prompts ({unfinished} have fewer than "
+        f"two answers that ended, {alike} none better than another); {total} answers, "
         f"{100 * whole / total:.0f} % ended, mean reward {rewards.mean().item():.4g}"
     )
+    if 0 < pairs < FEW * len(answers):
+        say(
+            "!!! Few prompts gave a pair: a larger samples_per_prompt, train_pairs or "
+            "max_new_tokens, or another reward may help !!!"
+        )
 
 
 def summarize(config, last):
@@ -334,18 +357,35 @@ def summarize(config, last):
     _draw(rows, folder / "rounds.png")
     header = ["after round", "pairs", *LABELS.values(), "reward since the start, paired"]
     text = markdown(header, table)
-    about = "Held-out figures with 95 % intervals; each round is a run of its own, in round_N/."
-    write_text(
-        folder / "report.md", f"# {folder.name}\n\n![rounds](rounds.png)\n\n{text}\n\n{about}\n"
+    about = (
+        "Held-out figures with 95 % intervals; KL is an estimate, which may be a little below 0. "
+        "Each round is a run of its own, in round_N/; its report.md has answers before and after."
     )
-    say(f"\n{text}\n\n{about}\nThe last model is in {folder_of(config, last)}")
+    if rows[0]["pairs"] < ENOUGH_PAIRS:
+        about += (
+            f" Too few prompts were held out ({rows[0]['pairs']}) to tell a change from chance."
+        )
+    settings = public_settings(config)
+    method = (
+        f"Iterative DPO of {settings['model']}: its own answers to prompts of "
+        f"{settings['dataset']}, the better against the worse by {settings['reward']}."
+    )
+    listed = yaml.safe_dump(settings, sort_keys=False)
+    write_text(
+        folder / "report.md",
+        f"# {folder.name}\n\n![rounds](rounds.png)\n\n{method}\n\n{text}\n\n{about}\n\n"
+        f"```yaml\n{listed}```\n",
+    )
+    say(f"\n{text}\n\n{about}\nThe last model is in {folder_of(config, last)}/model")
 
 
 def _gain(config, number, step):
     """How far the reward of sampled answers went since the first round began, with its interval."""
-    before = by_prompt(read_rows(samples_file(folder_of(config, 1), 0)))
-    after = by_prompt(read_rows(samples_file(folder_of(config, number), step)))
-    change = after[REWARD] - before[REWARD]
+    before = read_rows(samples_file(folder_of(config, 1), 0))
+    after = read_rows(samples_file(folder_of(config, number), step))
+    if before[0]["version"] != after[0]["version"]:
+        return f"{config.reward} was edited"
+    change = by_prompt(after)[REWARD] - by_prompt(before)[REWARD]
     return f"{change.mean().item():+.3f} ± {mean_half_width(change):.3f}"
 
 
@@ -361,8 +401,9 @@ def _figure(row, name):
 
 
 def _draw(rows, path):
-    """Reward, length and KL divergence over the rounds."""
-    figure = Figure((12, 3.6), layout="constrained")
+    """Reward, share that ended, length and KL divergence over the rounds."""
+    figure = Figure((14, 3.6), layout="constrained")
+    figure.suptitle("sampled answers to held-out prompts, 95 % intervals")
     for axis, name in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         values = []
         half_widths = []
@@ -370,6 +411,6 @@ def _draw(rows, path):
             values.append(math.nan if row[name] is None else row[name])
             half_widths.append(row.get(f"{name}/ci95") or 0.0)
         axis.errorbar(range(len(rows)), values, half_widths, marker="o", capsize=3)
-        axis.set(title=f"{LABELS[name]}, 95 % interval", xlabel="rounds")
+        axis.set(title=PANELS[name], xlabel="rounds")
         axis.set_xticks(range(len(rows)))
     write_atomically(path, partial(figure.savefig, format="png"))

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from support.files import write_records
-from support.processes import wait_for_all
-from support.reward import score_answers
+from support.processes import say, wait_for_all
+from support.reward import reward_version, score_answers
 from support.run_log import read_rows
 from support.sampler import Sampler
 from support.verdict import markdown
@@ -60,11 +60,15 @@ def measure(setup, config, folder, step, lay_out, compute_logps):
     ):
         logps = compute_logps(scored, split, config, title, config.temperature)
         figures[name] = logps.view(len(prompts), -1).tolist()
-    rows = _as_rows(answers, figures)
+    rows = _as_rows(answers, figures, reward_version(config))
     write_records(samples_file(folder, step), rows)
     wait_for_all()
     before = read_rows(samples_file(folder, 0))
-    return by_prompt(rows), by_prompt(before), {REWARD_OF_ENDED: _reward_of_ended(rows)}
+    earlier = by_prompt(before)
+    if before[0]["version"] != rows[0]["version"]:
+        say(f"!!! {config.reward} was edited: rewards do not compare with those before it !!!")
+        earlier[REWARD] = torch.full_like(earlier[REWARD], math.nan)
+    return by_prompt(rows), earlier, {REWARD_OF_ENDED: _reward_of_ended(rows)}
 
 
 def make_sampler(setup, config):
@@ -92,8 +96,8 @@ def _as_pairs(prompts, answers):
     return pairs
 
 
-def _as_rows(answers, figures):
-    """A dict for each answer: what it is, and its figures.
+def _as_rows(answers, figures, version):
+    """A dict for each answer: what it is, its figures, and which version of the reward is theirs.
 
     answers  for each prompt a list of Told
     figures  {name: for each prompt a list of numbers, of which one too many does not count}
@@ -105,7 +109,7 @@ def _as_rows(answers, figures):
             row |= answer._asdict()
             for name, values in figures.items():
                 row[name] = values[prompt][sample]
-            rows.append(row)
+            rows.append(row | {"version": version})
     return rows
 
 

@@ -119,8 +119,9 @@ def open_source(name, kind, stand_ins, load):
                 f"config: {first_line(error)}"
             ) from error
     stand_in = stand_ins[name]
+    if name not in stand_ins_used:
+        say(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
     stand_ins_used[name] = stand_in
-    say(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
     return open_source(str(ROOT / package_file(stand_in)), kind, {}, load)
 
 

@@ -155,7 +155,7 @@ def _draw_sweep(rows, varied, path, before):
     figure = Figure((18 if frontier else 12, 4), layout="constrained")
     axes = figure.subplots(1, 3 if frontier else 2)
     if frontier:
-        _draw_frontier(axes[2], lines, before)
+        _draw_frontier(axes[2], lines, x, before)
     for axis, name in zip(axes[:2], BEFORE_TRAINING, strict=True):
         # beside each other, or their intervals would hide one another
         dodge = DODGED / max(5, len(lines))
@@ -174,13 +174,19 @@ def _draw_sweep(rows, varied, path, before):
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
-def _draw_frontier(axis, lines, before):
-    """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper)."""
+def _draw_frontier(axis, lines, x_name, before):
+    """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper).
+
+    There is a point for each run, with its value of the setting x_name.
+    """
     names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
     for label, part in lines.items():
         frame = pandas.DataFrame(part).reindex(columns=names).astype(float)
         x, y, x_error, y_error = frame.sort_values(KL).to_numpy().T
         axis.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=label)
+        for row in part:
+            text = f" {x_name} {row[x_name]}"
+            axis.annotate(text, (row[KL], row[REWARD]), fontsize=8, va="bottom")
     if REWARD in before:
         axis.axhline(before[REWARD], color="gray", linestyle=":")
     axis.set(

@@ -873,7 +873,7 @@ def test_a_folder_whose_settings_are_lost_is_refused_until_overwritten(dpo, caps
 def test_a_signal_before_training_ends_at_once_and_leaves_nothing(run):
     work = run.new()
     end = run(work, signal=[signal.SIGTERM, "preparing", 1, 0.0])
-    assert end["code"] == 143 and "no run was in training, so nothing is lost" in end["text"]
+    assert end["code"] == 143 and "Interrupted outside training" in end["text"]
     assert not (work / "run").exists()
 
 

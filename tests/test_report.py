@@ -157,7 +157,7 @@ def test_a_set_is_described_by_what_its_pairs_have_in_common():
     ]
     assert dry_run.describe(pairs) == [
         "  recognised as: prompt, chosen, rejected (3), ranking (1)",
-        "  filled columns not used: source (2), lang (1)",
+        "  filled columns not used in the pair: source (2), lang (1)",
         "  prefer the answer of lower score: 1",
         "  prefer the longer answer: 25%",
         "  prompts in more than one pair: 33%",
@@ -185,7 +185,7 @@ def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, caps
         assert f"<|im_start|>user\n{question}<|im_end|>" in part
     assert "prefer the answer of lower score: 1" in parts[0]
     assert "  score_rejected = 2" in parts[0]
-    assert "filled columns not used: source (1)\n" in parts[0]
+    assert "filled columns not used in the pair: source (1)\n" in parts[0]
     assert re.search(r"recognised as: \S.* \(1\)\n", parts[0])
     assert "  chosen = 'word word" in parts[1] and re.search(r"\[... \d+ tokens ...\]", parts[1])
     assert max(map(len, shown.splitlines())) < 1000

@@ -1,6 +1,7 @@
 """Rewards of answers: what a function of the user's or a reward model says, and what goes wrong."""
 
 import json
+import re
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -123,7 +124,9 @@ def test_a_function_that_fails_is_named_with_prompt_and_answer_in_one_line(fault
     with pytest.raises(InputError) as error:
         rewards_of(told("so it is"), asked("what is it?"))
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and "judge.py:judge fails: " in message
+    assert len(message.splitlines()) == 1 and re.search(
+        r"judge.py:judge fails in line \d: ", message
+    )
     assert "'what is it?'" in message and "'so it is'" in message
 
 
@@ -301,7 +304,34 @@ def test_a_model_without_the_weights_of_a_head_is_refused_by_their_name(tiny_mod
         rewards_of(told("x"), reward="headless")
 
 
-@pytest.mark.parametrize("name", ["no/where", "judge.py"])
+def test_a_file_without_its_functions_name_is_refused_with_what_to_type(dpo, capsys):
+    write_function("return 1")
+    assert dpo(reward="judge.py") == 2
+    said = "Error: reward judge.py: name the function in it too: judge.py:FUNCTION"
+    assert said in capsys.readouterr().out
+
+
+def test_a_function_that_cannot_be_called_so_is_told_without_a_line_of_this_project():
+    Path("judge.py").write_text("def judge(answer):\n    return 1\n")
+    with pytest.raises(InputError, match=r"judge.py:judge fails: TypeError: judge\(\) takes 1"):
+        rewards_of(told("x"))
+
+
+def test_a_function_that_fails_on_sampled_answers_does_so_after_the_first_batch(
+    dpo, talker, monkeypatch, capsys
+):
+    drawn = []
+    original = Sampler.draw
+    monkeypatch.setattr(Sampler, "batches", lambda *given: [[number] for number in range(4)])
+    monkeypatch.setattr(Sampler, "draw", lambda *given: drawn.append(0) or original(*given))
+    write_function("asked.append(answer)\n    return 1 / (len(asked) - 3)", before="asked = [None]")
+    settings = QUICK | {"model": talker, "rounds": 1, "eval_pairs": 0, "train_pairs": 4}
+    assert dpo(reward=FUNCTION, **settings) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert len(drawn) <= 1 and len(read_rows(Path("out/round_1/answers.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("name", ["no/where"])
 def test_a_reward_model_that_is_not_there_ends_a_run_before_anything_is_sampled(
     dpo, name, capsys, hub_down
 ):
@@ -318,7 +348,8 @@ def test_a_function_that_cannot_read_the_records_fails_before_anything_is_sample
     write_function("return record['check']")
     assert dpo(reward=FUNCTION, model=talker, **QUICK, **settings) == 2
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"Error: reward {FUNCTION} fails: KeyError: 'check', for the prompt")
+    said = rf"Error: reward {FUNCTION} fails in line \d: KeyError: 'check', for the prompt"
+    assert re.match(said, last)
     assert not list(Path().glob("out/**/answers.jsonl"))
 
 
@@ -335,9 +366,7 @@ def test_a_reward_that_fails_in_a_round_loses_no_answer_and_the_mended_one_goes_
     capsys.readouterr()
     assert dpo(reward=FUNCTION, **settings) == 2
     last = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        last.startswith(f"Error: reward {FUNCTION} fails: ZeroDivisionError") and "prompt" in last
-    )
+    assert re.match(rf"Error: reward {FUNCTION} fails in line \d: ZeroDivisionError.* prompt", last)
     head, *answers = read_rows(Path("out/round_1/answers.jsonl"))
     write_function("return len(answer)")
     monkeypatch.setattr(Sampler, "draw", None)
@@ -369,7 +398,11 @@ def test_a_reward_that_fails_in_an_evaluation_loses_no_step_and_the_mended_one_g
     write_function("return len(answer)")
     assert dpo(reward=FUNCTION, **settings) == 0
     assert "Resuming from" in capsys.readouterr().out
-    assert read_metrics("out") == read_metrics("whole")
+    found, expected = read_metrics("out"), read_metrics("whole")
+    for row in expected:
+        if row["split"] == "eval" and row["step"] > 0:  # the mended function may be another reward
+            row["samples/reward/change_ci95"] = None
+    assert found == expected
     assert weights_bytes("out") == weights_bytes("whole")
 
 

@@ -442,9 +442,17 @@ def test_the_report_has_a_row_for_the_start_and_each_round(whole):
     gain, _, half_width = rows[2][-1].partition(" ± ")
     assert float(gain) == pytest.approx(after - before, abs=6e-4) and float(half_width) > 0
     assert rows[0][-1] == "" and "![rounds](rounds.png)" in text
-    for line in text.splitlines():
-        assert line in whole.printed or line.startswith(("# out", "![rounds]")), line
-    assert f"The last model is in {whole.folder / 'round_2'}" in whole.printed
+    said, _, noted = text.partition("```yaml\n")
+    name = Path(whole.settings["model"]).name
+    method = f"Iterative DPO of {name}: its own answers to prompts of pairs.jsonl, the better"
+    for line in said.splitlines():
+        assert line in whole.printed or line.startswith(("# out", "![rounds]", method)), line
+    assert method in said and yaml.safe_load(noted.strip("`\n"))["samples_per_prompt"] == 8
+    assert "Too few prompts were held out (3) to tell" in said
+    assert f"The last model is in {whole.folder / 'round_2/model'}" in whole.printed
+    last = (whole.folder / "round_2/report.md").read_text()
+    assert f"of round_1/model on round_2/pairs.jsonl (the first model: {name});" in last
+    assert last.index("sampled answers") < last.index("rewards/margins")
 
 
 def test_the_picture_has_a_point_for_the_start_and_each_round(whole):
@@ -452,9 +460,8 @@ def test_the_picture_has_a_point_for_the_start_and_each_round(whole):
     figure = whole.figures[-1]
     evaluations = [read_metrics(whole.folder / f"round_{n}", "eval") for n in (1, 2)]
     shown = [evaluations[0][0], evaluations[0][-1], evaluations[1][-1]]
-    for axis, name in zip(
-        figure.axes, ["samples/reward", "samples/tokens", "samples/kl"], strict=True
-    ):
+    names = ["samples/reward", "samples/ended", "samples/tokens", "samples/kl"]
+    for axis, name in zip(figure.axes, names, strict=True):
         (bars,) = axis.containers
         assert bars.lines[0].get_xdata().tolist() == [0, 1, 2]
         assert bars.lines[0].get_ydata().tolist() == [row[name] for row in shown]
@@ -467,9 +474,19 @@ def test_what_became_of_a_rounds_answers_is_said(whole):
     mean = sum(len(answer["text"]) for answer in answers) / 32
     assert all(answer["reward"] == len(answer["text"]) for answer in answers)
     assert (
-        f"round 1: 4 pairs of 4 prompts; 32 answers, {ended} % ended, mean reward {mean:.4g}"
-        in whole.printed
-    )
+        "round 1: 4 pairs of 4 prompts (0 have fewer than two answers that ended, 0 none better "
+        f"than another); 32 answers, {ended} % ended, mean reward {mean:.4g}"
+    ) in whole.printed
+    assert "Few prompts gave a pair" not in whole.printed
+
+
+def test_prompts_that_gave_no_pair_are_counted_by_the_reason(capsys):
+    ended, cut = Told("x", True, 2), Told("x", False, 2)
+    answers = [[ended, ended], [ended, cut], *[[ended, ended]] * 10]
+    rounds._tell(1, answers, torch.zeros(12, 2), 1)
+    said, warning = capsys.readouterr().out.splitlines()
+    assert "1 pairs of 12 prompts (1 have fewer than two answers that ended, 10 none better" in said
+    assert warning.startswith("!!! Few prompts gave a pair: a larger samples_per_prompt")
 
 
 def test_a_finished_run_samples_and_trains_nothing_and_one_more_round_goes_on(
@@ -502,6 +519,19 @@ def test_rounds_that_fail_late_have_told_what_those_before_gave(dpo, settings, c
     out = capsys.readouterr().out
     assert "Error: round 2: no prompt has two answers" in out
     assert "| 1 | 4 |" in out and "| 1 | 4 |" in Path("out/report.md").read_text()
+
+
+def test_rewards_of_a_file_that_was_edited_are_not_compared(dpo, settings, capsys):
+    assert dpo(**settings | {"rounds": 1}) == 0
+    write_reward("100 - len(answer)")
+    capsys.readouterr()
+    assert dpo(**settings) == 0
+    assert (
+        "!!! judge.py:judge was edited" not in capsys.readouterr().out
+    )  # a round compares its own
+    rows = [line for line in Path("out/report.md").read_text().splitlines() if line[:2] == "| "]
+    assert [row.split("|")[-2].strip() for row in rows[-2:]][1] == "judge.py:judge was edited"
+    assert " ± " in rows[-2].split("|")[-2]
 
 
 @pytest.mark.parametrize("change", ["split", "dataset", "train_pairs", "eval_pairs", "columns"])
@@ -576,6 +606,7 @@ def test_a_sweep_of_rounds_compares_the_last_rounds_on_a_frontier(dpo, settings,
     expected = [(float(row["samples/kl"]), float(row["samples/reward"])) for row in table]
     for point, values in zip(sorted(points), sorted(expected), strict=True):
         assert point == pytest.approx(values)
+    assert {note.get_text() for note in frontier.texts} == {" beta 0.1", " beta 0.5"}
     start = read_metrics("s/run_beta0.1/round_1", "eval")[0]["samples/reward"]
     (line,) = [line for line in frontier.lines if line.get_linestyle() == ":"]
     assert list(line.get_ydata()) == [start, start]
@@ -607,7 +638,8 @@ def test_rounds_that_could_not_be_had_are_refused_before_anything_is_sampled(
 
 def test_a_dry_run_of_rounds_estimates_and_says_what_it_leaves_out(dpo, settings, capsys):
     assert dpo("--dry-run", **settings) == 0
-    assert "2 rounds sample theirs, and take longer" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sample 64 answers to 4 prompts a round for them, in at most 0 minutes" in out
     assert not Path("out").exists()
 
 
@@ -830,7 +862,7 @@ def test_40_sigkills_in_two_rounds_leave_the_same_bytes(run, undisturbed):
 def test_a_signal_while_answers_are_sampled_ends_at_once_and_loses_none(run, undisturbed):
     work = run.new()
     end = run(work, fault=["signal_at", "score_answers", 1, signal.SIGTERM])
-    assert end["code"] == 143 and "nothing is lost" in end["text"], end["text"]
+    assert end["code"] == 143 and "Interrupted outside training" in end["text"], end["text"]
     assert len(read_rows(work / "run/round_1/answers.jsonl")) == 5
     assert run(work)["code"] == 0
     assert_same(work, undisturbed)

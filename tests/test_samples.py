@@ -182,6 +182,26 @@ def test_a_stopped_run_goes_on_to_the_same_figures_and_answers(dpo, settings, mo
         assert Path("out/samples", name).read_bytes() == Path("whole/samples", name).read_bytes()
 
 
+def test_a_reward_that_is_edited_in_the_middle_of_a_run_is_said_and_not_compared(
+    ready, settings, capsys
+):
+    setup, config = ready(**settings)
+    measure(setup, config)
+    assert "was edited" not in capsys.readouterr().out
+    Path("judge.py").write_text(LENGTH + "# better\n")
+    figures, before, _ = measure(setup, config, 1)
+    said = "!!! judge.py:judge was edited: rewards do not compare with those before it !!!"
+    assert said in capsys.readouterr().out
+    assert before["samples/reward"].isnan().all() and figures["samples/reward"].isfinite().all()
+    assert torch.equal(before["samples/tokens"], figures["samples/tokens"])
+
+
+def test_a_change_that_is_not_known_has_no_figure_in_the_report():
+    row = dict.fromkeys(samples.LABELS, 1.5)
+    table = samples.describe([row, row | {"samples/reward/change_ci95": None}])
+    assert "| reward | 1.500 | 1.500 |  |" in table
+
+
 def test_a_run_reports_its_sampled_answers(dpo, settings):
     assert dpo(**settings, lr=1e-2) == 0
     first, last = read_metrics("out", "eval")
