@@ -70,6 +70,7 @@ from support.processes import say
 from support.reward import check_reward, try_reward
 from support.run_log import RunLog
 from support.sampler import greedy_answers
+from support.sources import check_paths
 
 
 @dataclass
@@ -149,9 +150,7 @@ def run(configs, varied, options):
                 continue
             if not options.dry_run and is_finished(folder, config, options.overwrite):
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
-                say(
-                    f"{folder} is finished. If model or data have changed: --overwrite trains anew."
-                )
+                say(f"{folder} is finished. If what it read has changed: --overwrite trains anew.")
                 continue
             if not shares_setup(config, prepared_for):
                 setup = None  # frees the old model before the next one loads
@@ -487,6 +486,7 @@ def load(config, dry=False):
     dry      show what the data are
     raises   InputError
     """
+    check_paths(config)
     check_reward(config)
     model, tokenizer = load_model(config)
     for setting in ("reference_model", "kl_model"):

@@ -90,6 +90,16 @@ def _name_and_split(part):
     return match.groups() if match else (part, None)
 
 
+def check_paths(config):
+    """Refuse data sets that can be nothing but files and are not there.
+
+    raises   InputError, as open_source does after a model has been loaded
+    """
+    for sources in (config.dataset, config.eval_dataset):
+        for name, _ in split_names(sources or ""):
+            is_local(package_file(name), name, "dataset")
+
+
 def open_source(name, kind, stand_ins, load):
     """load(name), or load(its stand-in) if the name is neither cached nor the Hub in reach.
 

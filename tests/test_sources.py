@@ -21,6 +21,7 @@ import pyarrow
 import pytest
 
 import data
+import train_dpo
 from helpers import (
     assistant,
     build_tokenizer,
@@ -291,6 +292,16 @@ def test_any_answer_of_the_hub_counts_but_not_in_offline_mode(endpoint, monkeypa
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert not sources.hub_reachable()
         server.shutdown()
+
+
+@pytest.mark.parametrize("setting", ["dataset", "eval_dataset"])
+def test_a_file_that_is_missing_is_told_before_the_model_is_loaded(
+    dpo, setting, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_dpo, "load_model", None)
+    assert dpo(**{setting: "nowhere.jsonl"}) == 2
+    said = "Error: dataset nowhere.jsonl: no such file or folder (looked from"
+    assert said in capsys.readouterr().out
 
 
 @pytest.fixture
