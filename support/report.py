@@ -89,7 +89,8 @@ def describe_pairs(pairs, drops, config):
 def is_on_hub(name):
     """Whether what was used for a source came from the Hub: it is no path, nor had a stand-in."""
     is_path = glob.has_magic(name) or os.path.exists(package_file(name))
-    return name not in stand_ins_used and not is_path
+    is_function = ".py:" in name  # of a file, as a reward is
+    return name not in stand_ins_used and not is_path and not is_function
 
 
 def public_name(name):

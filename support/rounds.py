@@ -383,7 +383,7 @@ def _gain(config, number, step):
     """How far the reward of sampled answers went since the first round began, with its interval."""
     before = read_rows(samples_file(folder_of(config, 1), 0))
     after = read_rows(samples_file(folder_of(config, number), step))
-    if before[0]["version"] != after[0]["version"]:
+    if before[0].get("version") != after[0].get("version"):
         return f"{config.reward} was edited"
     change = by_prompt(after)[REWARD] - by_prompt(before)[REWARD]
     return f"{change.mean().item():+.3f} ± {mean_half_width(change):.3f}"

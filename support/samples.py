@@ -65,7 +65,7 @@ def measure(setup, config, folder, step, lay_out, compute_logps):
     wait_for_all()
     before = read_rows(samples_file(folder, 0))
     earlier = by_prompt(before)
-    if before[0]["version"] != rows[0]["version"]:
+    if before[0].get("version") != rows[0]["version"]:
         say(f"!!! {config.reward} was edited: rewards do not compare with those before it !!!")
         earlier[REWARD] = torch.full_like(earlier[REWARD], math.nan)
     return by_prompt(rows), earlier, {REWARD_OF_ENDED: _reward_of_ended(rows)}

@@ -447,6 +447,7 @@ def test_the_report_has_a_row_for_the_start_and_each_round(whole):
     method = f"Iterative DPO of {name}: its own answers to prompts of pairs.jsonl, the better"
     for line in said.splitlines():
         assert line in whole.printed or line.startswith(("# out", "![rounds]", method)), line
+    assert "against the worse by judge.py:judge." in said
     assert method in said and yaml.safe_load(noted.strip("`\n"))["samples_per_prompt"] == 8
     assert "Too few prompts were held out (3) to tell" in said
     assert f"The last model is in {whole.folder / 'round_2/model'}" in whole.printed
