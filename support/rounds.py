@@ -6,7 +6,6 @@ run of its own, and report.md with rounds.png. Beside what every run leaves, a r
     pairs.jsonl     better against worse of these, what the round trains on
 """
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -40,7 +39,7 @@ from support.shapes import read_preference
 from support.verdict import ENOUGH_PAIRS, markdown
 
 HELD_OUT = "held_out.jsonl"
-NEAR = 0.2  # of the longer answer: couples whose lengths differ by less than this more are as near
+NEAR = 0.2  # of the longer answer: lengths that differ by less than this more are about as near
 FEW = 0.1  # of a round's prompts: fewer that give a pair are worth a warning
 PANELS = {  # of rounds.png, each with its title
     REWARD: "reward",
@@ -278,9 +277,10 @@ def _couple_all(prompts, answers, rewards, config):
 def couple(answers, lead):
     """The best of the answers to a prompt and the worst.
 
-    Where several are as good, as a verifier finds them, the couple nearest in length, for a model
-    would else learn that short answers win, or long ones; of couples about as near, the one that
-    brings `lead` nearest to zero.
+    Where several are as good, as a verifier finds them, the longest: short ones pass more easily,
+    and training on any of them makes a model brief. Of the worst, one about as long, or the model
+    would learn that long answers win, or short ones; of those the one that brings `lead` nearest
+    to zero.
 
     answers  list of (text, tokens, reward)
     lead     how many tokens more than the rejected answers the chosen ones so far have
@@ -291,25 +291,20 @@ def couple(answers, lead):
         return None
     good = [answer for answer in answers if answer[2] == max(rewards)]
     bad = [answer for answer in answers if answer[2] == min(rewards)]
-    couples = list(itertools.product(good, bad))
-    nearest = min(map(_distance, couples))
+    chosen = max(good, key=lambda answer: answer[1])
+    nearest = min(_distance(chosen, answer) for answer in bad)
 
-    def order(found):
-        near = _distance(found) < nearest + NEAR
-        return not near, abs(lead + _gap(found)), _distance(found)
+    def order(answer):
+        distance = _distance(chosen, answer)
+        near = distance < nearest + NEAR
+        return not near, abs(lead + chosen[1] - answer[1]), distance
 
-    return min(couples, key=order)
-
-
-def _gap(found):
-    """How many tokens longer the chosen answer of a couple is."""
-    chosen, rejected = found
-    return chosen[1] - rejected[1]
+    return chosen, min(bad, key=order)
 
 
-def _distance(found):
-    """How far a couple's lengths are apart, as a part of the longer one's."""
-    return abs(_gap(found)) / max(tokens for _, tokens, _ in found)
+def _distance(one, other):
+    """How far two answers' lengths are apart, as a part of the longer one's."""
+    return abs(one[1] - other[1]) / max(one[1], other[1])
 
 
 def _tell(number, answers, rewards, pairs):

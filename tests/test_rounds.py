@@ -127,12 +127,12 @@ def test_the_best_answer_is_coupled_with_the_worst():
     assert couple(("a", 5, 0.5), ("b", 5, 2.0), ("c", 5, 1.0), ("d", 5, -3.0)) == ("b", "d")
 
 
-def test_of_answers_as_good_the_couple_nearest_in_length_is_taken():
-    answers = [("a", 100, 1), ("b", 10, 1), ("c", 60, 0), ("d", 16, 0), ("e", 140, 0)]
-    # a is 40 tokens from e, which is 29 % of e; b 6 tokens from d, but 38 % of d; c is 40 % from a
-    assert couple(*answers[:4]) == ("b", "d")
-    near = [("a", 100, 1), ("b", 10, 1), ("c", 120, 0), ("d", 16, 0)]
-    assert couple(*near, lead=20) == ("a", "c")  # 17 and 38 % of the longer answer
+def test_of_answers_as_good_the_longest_is_taken_against_one_about_as_long():
+    answers = [("a", 10, 1), ("b", 100, 1), ("c", 60, 0), ("d", 16, 0), ("e", 140, 0)]
+    # b is 40 tokens from c, which is 40 % of b, and 40 from e, 29 % of e: about as near
+    assert couple(*answers) == ("b", "e")
+    assert couple(*answers, lead=-20) == ("b", "c")
+    assert couple(*answers[:4]) == ("b", "c")
 
 
 def test_of_couples_as_near_one_is_taken_that_keeps_the_lengths_in_balance():
