@@ -348,8 +348,7 @@ def summarize(config, last):
         rows.append(evaluations[-1])
         pairs = len(read_rows(folder / PAIRS))
         table.append([number, pairs, *_figures(rows[-1]), _gain(config, number, rows[-1]["step"])])
-    folder = Path(config.output_dir)
-    _draw(rows, folder / "rounds.png")
+    _draw(rows, Path(config.output_dir) / "rounds.png")
     header = ["after round", "pairs", *LABELS.values(), "reward since the start, paired"]
     text = markdown(header, table)
     about = (
@@ -360,6 +359,13 @@ def summarize(config, last):
         about += (
             f" Too few prompts were held out ({rows[0]['pairs']}) to tell a change from chance."
         )
+    _write_report(config, text, about)
+    say(f"\n{text}\n\n{about}\nThe last model is in {folder_of(config, last)}/model")
+
+
+def _write_report(config, table, about):
+    """Write report.md of all rounds: what was done, the table, and with which settings."""
+    folder = Path(config.output_dir)
     settings = public_settings(config)
     method = (
         f"Iterative DPO of {settings['model']}: its own answers to prompts of "
@@ -368,10 +374,9 @@ def summarize(config, last):
     listed = yaml.safe_dump(settings, sort_keys=False)
     write_text(
         folder / "report.md",
-        f"# {folder.name}\n\n![rounds](rounds.png)\n\n{method}\n\n{text}\n\n{about}\n\n"
+        f"# {folder.name}\n\n![rounds](rounds.png)\n\n{method}\n\n{table}\n\n{about}\n\n"
         f"```yaml\n{listed}```\n",
     )
-    say(f"\n{text}\n\n{about}\nThe last model is in {folder_of(config, last)}/model")
 
 
 def _gain(config, number, step):
@@ -379,7 +384,7 @@ def _gain(config, number, step):
     before = read_rows(samples_file(folder_of(config, 1), 0))
     after = read_rows(samples_file(folder_of(config, number), step))
     if before[0].get("version") != after[0].get("version"):
-        return f"{config.reward} was edited"
+        return "the reward's file was edited"
     change = by_prompt(after)[REWARD] - by_prompt(before)[REWARD]
     return f"{change.mean().item():+.3f} ± {mean_half_width(change):.3f}"
 

@@ -531,7 +531,7 @@ def test_rewards_of_a_file_that_was_edited_are_not_compared(dpo, settings, capsy
         "!!! judge.py:judge was edited" not in capsys.readouterr().out
     )  # a round compares its own
     rows = [line for line in Path("out/report.md").read_text().splitlines() if line[:2] == "| "]
-    assert [row.split("|")[-2].strip() for row in rows[-2:]][1] == "judge.py:judge was edited"
+    assert [row.split("|")[-2].strip() for row in rows[-2:]][1] == "the reward's file was edited"
     assert " ± " in rows[-2].split("|")[-2]
 
 
