@@ -3,12 +3,14 @@
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
@@ -32,6 +34,9 @@ from support.config import read_config
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs only with -m slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the other cores belong to the other workers
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):

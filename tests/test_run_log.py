@@ -1,5 +1,6 @@
 """The progress bar: what it shows on terminals of different widths."""
 
+import errno
 import fcntl
 import math
 import os
@@ -27,8 +28,18 @@ def shown_at(columns, monkeypatch):
         log.log_step(1, figures, 100.0)
         log.bar.refresh()
     sys.stderr.close()
-    shown = os.read(terminal, 100000).decode()
-    return re.split(r"[\r\n]+", shown.strip())[-1]
+    return re.split(r"[\r\n]+", read_to_the_end(terminal).strip())[-1]
+
+
+def read_to_the_end(terminal):
+    """All that was written to a terminal that is closed at its other end, as Linux's EIO tells."""
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 4096)
+        except OSError as error:
+            assert error.errno == errno.EIO
+            return shown.decode()
 
 
 def test_the_bar_shows_loss_and_accuracy_at_80_columns(monkeypatch):
