@@ -1,5 +1,8 @@
 """The machine: what device and dtype a run computes with, its speed, the memory that was used."""
 
+import ctypes
+import os
+import platform
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -14,10 +17,17 @@ from support.four_bit import count_weights
 from support.processes import WORLD
 
 resource = import_module("resource") if find_spec("resource") else None  # Windows has none
+# how many compiled matrix products PyTorch and oneDNN keep at most; a row needs about 150
+PRODUCT_CACHES = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+# glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD: free memory at the heap's end, and blocks, that the
+# system has back if they are larger
+HEAP_LIMITS = (-1, -3)
 
 
 def resolve_machine(config):
     """The config with device and dtype decided: bfloat16 only where it is the faster one.
+
+    For the CPU this process is set up too (prepare_cpu).
 
     raises   InputError for a device that is not there or a package that is not installed
     """
@@ -36,7 +46,23 @@ def resolve_machine(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
+    if device == "cpu":
+        prepare_cpu()
     return replace(config, device=device, dtype=dtype)
+
+
+def prepare_cpu():
+    """Set this process up to compute on the CPU, before its first matrix product.
+
+    In bfloat16 each product of a new shape is compiled, and takes 0.6 MB: fewer are kept, for most
+    rows have shapes of their own. Freed memory is kept for the next tensors, up to 2 GB of it where
+    the C library is glibc: else each step has gigabytes of pages zeroed and mapped anew.
+    """
+    for cache, capacity in PRODUCT_CACHES.items():
+        os.environ.setdefault(cache, capacity)
+    if platform.libc_ver()[0] == "glibc":
+        for limit in HEAP_LIMITS:
+            ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
 
 
 def _require_packages(config):

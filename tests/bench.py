@@ -86,7 +86,9 @@ def measure_ours(options):
     import torch
 
     import train_dpo
+    from support.machine import prepare_cpu
 
+    prepare_cpu()
     config = our_config(options)
     setup = train_dpo.prepare(config)
     steps = setup.steps["train"]
