@@ -60,7 +60,7 @@ def prepare_cpu():
     """
     for cache, capacity in PRODUCT_CACHES.items():
         os.environ.setdefault(cache, capacity)
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         for limit in HEAP_LIMITS:
             ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
 
