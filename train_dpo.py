@@ -466,8 +466,7 @@ def reference_logps(setup, config, splits=("train", "eval")):
 def other_reference(setup, config):
     """The same under reference_model, which is loaded for it, and freed before training."""
     policy = other_policy(setup, config, "reference_model")
-    origin = {"model": digest_tensors(policy.model.state_dict())}
-    setup.origin["reference model"] = origin["model"]
+    origin = {"model": setup.origin["reference model"]}
     policy.model.requires_grad_(config.lora_r == 0)  # its weights are the policy's, to be evaluated
     weights = place_weights(policy, config)
     return reference_logps(replace(setup, policy=policy, weights=weights, origin=origin), config)
@@ -477,6 +476,8 @@ def other_policy(setup, config, setting):
     """The model of a setting, reference_model or kl_model, where the pairs are right for it."""
     policy = AnswerLogps(load_other(config, setting, setup.tokenizer))
     check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row, config)
+    if getattr(config, setting):
+        setup.origin[setting.replace("_", " ")] = digest_tensors(policy.model.state_dict())
     return policy
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train_dpo
 from helpers import plain_logps, read_metrics, write_model
-from support import samples
+from support import report, samples
 from support.run_log import read_rows
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -120,6 +121,19 @@ def test_the_divergence_and_its_change_are_exactly_0_before_training(dpo, settin
     assert all(row["samples/kl"] != 0 and row["samples/kl/ci95"] > 0 for row in others)
     for name in NAMES:
         assert first.get(f"samples/{name}/change_ci95", 0) == 0
+
+
+def test_a_run_does_not_go_on_with_a_kl_model_that_changed(
+    dpo, settings, tmp_path, monkeypatch, capsys
+):
+    settings["kl_model"] = write_model(tmp_path / "other", seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "finish", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            dpo(**settings)
+    write_model(tmp_path / "other", seed=1)
+    assert dpo(**settings) == 2
+    assert "the kl model changed since this run began" in capsys.readouterr().out
 
 
 def test_answers_of_all_evaluations_have_the_same_random_numbers(dpo, settings):
