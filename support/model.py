@@ -220,7 +220,8 @@ def add_adapter(model, config):
     With load_in_4bit the layers are packed first: the matrices are beside what computes.
 
     raises   InputError where the model has no layer that lora_target_modules names, or it names
-             the LM head, which a row that shares a prompt computes by its base weights
+             the LM head, which a row that shares a prompt computes by its base weights, or
+             embeddings whose weights are the head's
     """
     from peft import LoraConfig
 
@@ -249,6 +250,13 @@ def add_adapter(model, config):
             "lora_target_modules: it names the LM head too, of which an adapter would not be "
             "trained here. Leave it out, or give all-linear"
         )
+    embeddings = model.get_input_embeddings()
+    if hasattr(embeddings, "lora_A") and embeddings.weight is model.get_output_embeddings().weight:
+        raise InputError(
+            "lora_target_modules: it names the embeddings, which are this model's LM head too, and "
+            "an adapter would not be trained there. Leave them out, or give all-linear"
+        )
+    model.eval()  # peft's own layers begin in train mode, with lora_dropout
 
 
 def place_weights(policy, config):

@@ -181,6 +181,12 @@ def test_an_adapter_of_the_lm_head_is_refused_and_not_left_untrained(peft, dpo, 
         assert "Error: lora_target_modules: it names the LM head too" in capsys.readouterr().out
 
 
+def test_an_adapter_of_embeddings_that_are_the_lm_head_is_refused(peft, dpo, tmp_path, capsys):
+    tied = write_model(tmp_path / "tied", tie_word_embeddings=True)
+    assert dpo(**ADAPTER, lora_target_modules=".*(embed_tokens|q_proj)", model=tied) == 2
+    assert "Error: lora_target_modules: it names the embeddings" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
     peft, tmp_path, dpo, setups, tiny_model, family
@@ -373,6 +379,7 @@ def test_the_readmes_danube_recipe_trains_a_model_of_that_architecture(peft, tmp
 @pytest.mark.parametrize("changed", ["nothing", "activation_checkpointing", "load_in_4bit"])
 def test_an_interrupted_adapter_with_dropout_ends_with_the_same_bytes(peft, dpo, changed):
     settings = ADAPTER | {"lora_dropout": 0.3, "epochs": 2, "save_every": 2}
+    settings["eval_every"] = 3  # which the stop leaves to the run that goes on
     if changed != "nothing":
         settings[changed] = True
     if changed == "load_in_4bit":
