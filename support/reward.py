@@ -20,7 +20,7 @@ from support.errors import InputError, first_line
 from support.processes import WORLD, fail_together, is_first, say, sum_over_processes
 from support.sampler import Told
 from support.shapes import read_preference
-from support.sources import announce_download, open_source
+from support.sources import announce_download, note_commit, open_source
 
 BOOLS = ("bool", "torch.bool")  # dtypes of a scalar of numpy or torch
 AT_ONCE = 8  # texts that a reward model reads together
@@ -70,11 +70,25 @@ def _open(config, kind, **options):
 
 
 def reward_version(config):
-    """What tells two versions of a user's reward apart: a digest of its file; "" for a model."""
-    if not _is_function(config.reward):
-        return ""
-    path = Path(config.reward.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """What tells two versions of a reward apart: a digest of its files, or a Hub model's commit."""
+    if _is_function(config.reward):
+        return _digest_files([Path(config.reward.rpartition(":")[0])])
+
+    def version_of(path):
+        if os.path.isdir(path):
+            return _digest_files(sorted(Path(path).iterdir()))
+        return note_commit(path, "main")
+
+    return open_source(config.reward, "model", config.offline, version_of)
+
+
+def _digest_files(paths):
+    digest = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def try_reward(config, pairs):

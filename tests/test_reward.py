@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from helpers import PAIRS, SIZES, assistant, build_tokenizer, read_metrics, user, weights_bytes
 from support.config import Config
 from support.errors import InputError
-from support.reward import ORIGINAL, check_reward, score_answers
+from support.reward import ORIGINAL, check_reward, reward_version, score_answers
 from support.run_log import read_rows
 from support.sampler import Sampler, Told
 
@@ -283,6 +284,20 @@ def test_a_reward_that_is_not_finite_is_told_with_the_prompt(tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(InputError, match="nan for the prompt 'a'"):
         rewards_of([told("x")], asked("a"), reward=folder)
+
+
+def test_a_reward_model_that_is_replaced_has_another_version(tmp_path):
+    folder = write_reward_model(tmp_path / "rm")
+    shutil.copytree(folder, tmp_path / "same")
+    versions = []
+    for name in (folder, str(tmp_path / "same")):
+        versions.append(reward_version(Config(reward=name)))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.score.weight.neg_()
+    model.save_pretrained(folder)
+    versions.append(reward_version(Config(reward=folder)))
+    assert versions[0] == versions[1] != versions[2]
 
 
 def test_a_model_of_several_labels_is_refused_before_anything_is_sampled(dpo, tmp_path, capsys):
