@@ -1,5 +1,6 @@
 """A sweep's runs side by side: in what order they come, sweep.csv and sweep.png."""
 
+import itertools
 import json
 import math
 from functools import partial
@@ -56,19 +57,19 @@ def summarize_sweep(configs, varied, failed=None):
         before = BEFORE_TRAINING
         if configs[0].reference_model or configs[-1].reference_model:
             before = {}  # margins begin elsewhere
-        if REWARD in rows[0]:
-            before = before | _reward_before(configs)
+        before = before | _reward_before(configs)
         _draw_sweep(rows, varied, folder / "sweep.png", before)
         written += f" and {folder / 'sweep.png'}"
     say(written)
 
 
 def _reward_before(configs):
-    """The reward of sampled answers before training, where all runs begin with the same."""
+    """The reward of sampled answers before training, where all runs that have one begin alike."""
     found = set()
     for config in configs:
         for row in read_rows(first_folder(config) / "metrics.jsonl", "eval")[:1]:
-            found.add(row.get(REWARD))
+            if REWARD in row:
+                found.add(row[REWARD])
     return {REWARD: found.pop()} if len(found) == 1 else {}
 
 
@@ -151,7 +152,7 @@ def _draw_sweep(rows, varied, path, before):
         if row[x] not in ticks:
             ticks.append(row[x])
     ticks.sort(key=_numbers_first)
-    frontier = REWARD in rows[0]
+    frontier = any(REWARD in row for row in itertools.chain.from_iterable(lines.values()))
     figure = Figure((18 if frontier else 12, 4), layout="constrained")
     axes = figure.subplots(1, 3 if frontier else 2)
     if frontier:
@@ -177,10 +178,13 @@ def _draw_sweep(rows, varied, path, before):
 def _draw_frontier(axis, lines, x_name, before):
     """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper).
 
-    There is a point for each run, with its value of the setting x_name.
+    There is a point for each run that samples, with its value of the setting x_name.
     """
     names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
-    for label, part in lines.items():
+    for label, rows in lines.items():
+        part = [row for row in rows if REWARD in row]
+        if not part:
+            continue
         frame = pandas.DataFrame(part).reindex(columns=names).astype(float)
         x, y, x_error, y_error = frame.sort_values(KL).to_numpy().T
         axis.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=label)

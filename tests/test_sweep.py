@@ -107,6 +107,16 @@ def test_null_truth_and_text_can_be_swept(settings):
         assert set(column(rows, name)) == {str(sweep.plain(value)) for value in values}
 
 
+def test_a_sweep_of_which_some_runs_sample_answers_draws_these_on_the_frontier(figures):
+    sampled = figures_of(0.6, 0.6, 0.1)
+    for name in ("samples/reward", "samples/kl"):
+        sampled |= {name: 0.25, f"{name}/ci95": 0.1}
+    rows = sweep_of(figures_of(0.7, 0.6, 0.1), sampled, eval_samples=[0, 2])
+    assert column(rows, "samples/reward") == ["", "0.25"]
+    frontier = figures[0].axes[2]
+    assert {note.get_text() for note in frontier.texts} == {" eval_samples 2"}
+
+
 def test_sweeping_null_and_a_value_ends_in_a_table(dpo, capsys):
     settings = {"train_pairs": 2, "eval_pairs": 2, "output_dir": "s/run"}
     assert dpo(revision=[None, "v1"], **settings) == 0
