@@ -13,7 +13,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from support.errors import shorten
-from support.four_bit import FourBitLinear
+from support.four_bit import FourBitLinear, count_weights
 from support.processes import WORLD, say
 from support.samples import make_sampler
 
@@ -123,30 +123,46 @@ def estimate(setup, config):
     seconds_a_token = timer.timeit(1).median / tokens
     minutes = _tokens_in_all(setup.pairs, steps, config) * seconds_a_token / WORLD / 60
     memory = _memory(setup.model, trained, tokens, config)
+    samples_held_out = config.reward and config.eval_samples and setup.pairs["eval"]
+    if samples_held_out:  # the first model stays beside the policy
+        size = getattr(torch, config.dtype).itemsize
+        memory += count_weights(setup.model) * size / WORLD
     cost = f"{minutes:.1f} minutes and {memory / 1e9:.1f} GB for each process"
     say(f"Estimate for {config.output_dir}: {cost}")
     if config.rounds:
         _estimate_rounds(setup, config)
+    elif samples_held_out:
+        times = _evaluations(steps, config)
+        minutes = times * _minutes_to_sample(setup, config, "eval", config.eval_samples)
+        say(
+            f"On top come answers to held-out prompts, sampled {times} times in at most "
+            f"{minutes:.0f} minutes, and their rewards"
+        )
     say("Which answers the reference prefers already, a run tells after its reference pass")
 
 
 def _estimate_rounds(setup, config):
-    """Print what the answers of rounds would take, measured on the first of them."""
-    prompts = [pair.prompt_ids for pair in setup.pairs["train"]]
+    """Print what the answers of rounds would take."""
+    count = len(setup.pairs["train"])
     samples = config.samples_per_prompt
-    count = len(prompts) * samples * config.rounds
+    minutes = config.rounds * _minutes_to_sample(setup, config, "train", samples)
+    say(
+        f"That is of the set's own pairs. {config.rounds} rounds train on their own, at most one a "
+        f"prompt, and sample {count * samples * config.rounds:,} answers to {count:,} prompts a "
+        f"round for them, in at most {minutes:.0f} minutes; answers to held-out prompts come on top"
+    )
+
+
+def _minutes_to_sample(setup, config, split, samples):
+    """What so many answers to each prompt of a split take at most, measured on the first ones."""
+    prompts = [pair.prompt_ids for pair in setup.pairs[split]]
     brief = replace(config, max_new_tokens=min(BRIEF, config.max_new_tokens))
     sampler = make_sampler(setup, brief)
     batch = sampler.batches(prompts, samples)[0]
     names = {"draw": sampler.draw, "given": (prompts, batch, samples, "estimate")}
     timer = Timer("draw(*given)", globals=names, num_threads=torch.get_num_threads())
     seconds = timer.timeit(1).median / (len(batch) * samples * brief.max_new_tokens)
-    minutes = count * config.max_new_tokens * seconds / 60
-    say(
-        f"That is of the set's own pairs. {config.rounds} rounds train on their own, at most one a "
-        f"prompt, and sample {count:,} answers to {len(prompts):,} prompts a round for them, in at "
-        f"most {minutes:.0f} minutes; answers to held-out prompts come on top"
-    )
+    return len(prompts) * samples * config.max_new_tokens * seconds / 60
 
 
 def _tokens(pairs, members):
@@ -157,16 +173,20 @@ def _tokens(pairs, members):
     return tokens
 
 
+def _evaluations(steps, config):
+    """How often the held-out pairs are evaluated, before and after training included."""
+    amid = (steps - 1) // config.eval_every if config.eval_every else 0
+    return 2 + amid
+
+
 def _tokens_in_all(pairs, steps, config):
     """Tokens of all forward passes in a run, a backward pass counted as two forward ones."""
     tokens = {}
     for split, part in pairs.items():
         tokens[split] = _tokens(part, range(len(part)))
-    evaluations = 2  # the reference's, and the last
+    evaluations = _evaluations(steps, config)
     if config.reference_model:
-        evaluations += 1  # the policy's own before its first step
-    if config.eval_every:
-        evaluations += steps // config.eval_every
+        evaluations += 1  # the reference's is not the first
     # evaluations are in float32, which takes at least twice bfloat16's time
     slower = 4 // getattr(torch, config.dtype).itemsize
     passes = 1 + 3 * config.epochs  # the reference's, and three for each step
