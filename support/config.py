@@ -32,7 +32,7 @@ SERVE_ANOTHER = {
         "reward=file.py:function scores sampled answers",
     ),
 }
-# Settings that decide how a run is watched, not what it computes.
+# Settings that decide how a run is watched and which of its weights are saved, not what they are.
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
 MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
@@ -319,11 +319,15 @@ def _output_dir(config, varied):
     for name in varied:
         if f"{{{name}}}" not in folder:
             folder += f"_{name}{{{name}}}"
+    parts = {}
     for name, value in asdict(config).items():
-        folder = folder.replace(f"{{{name}}}", str(value).replace("/", "-"))
-    if "{" in folder:
-        raise InputError(f"output_dir {folder}: braces must hold a setting's name")
-    return folder
+        if isinstance(value, dict):
+            value = ",".join(f"{key}-{of_key}" for key, of_key in value.items())
+        parts[name] = str(value).replace("/", "-")
+    try:
+        return folder.format_map(parts)
+    except (LookupError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"output_dir {folder}: braces must hold a setting's name") from error
 
 
 def shares_setup(config, other):
@@ -345,7 +349,7 @@ def changes_on_resume(config, saved):
     """
     changes = []
     harmless = {*MAY_CHANGE_ON_RESUME, "output_dir"}
-    if config.rounds and saved.get("rounds"):
+    if config.rounds >= saved.get("rounds", 0) > 0:
         harmless.add("rounds")  # more may follow
     for name, value in asdict(config).items():
         if name in saved and saved[name] != value and name not in harmless:

@@ -150,6 +150,14 @@ def test_output_dir_is_filled_in_from_the_settings_it_names():
     assert one("output_dir='a/{model}/s{seed}'", "model=x/y").output_dir == "a/x-y/s42"
 
 
+def test_names_of_columns_can_be_swept():
+    configs, varied = read_config(CONFIG, ["columns=[{prompt: a}, {chosen: b, rejected: c}]"])
+    folders = [
+        "runs/beta0.1_lr1e-07_columns" + part for part in ("prompt-a", "chosen-b,rejected-c")
+    ]
+    assert varied == ["columns"] and [c.output_dir for c in configs] == folders
+
+
 ODD = st.sampled_from(["1e-7", "auto", "{lr}", "{", "{nope}", "{0}", "{beta.x}", "none", "-0.", ""])
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | ODD
 LISTS = st.lists(PLAIN, max_size=2)
