@@ -22,7 +22,6 @@ it.
 
 import itertools
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -46,6 +45,7 @@ from support.checkpoint import (
     claim,
     is_finished,
     keep_best,
+    leave_finished,
     load_best,
     load_checkpoint,
     save_checkpoint,
@@ -54,7 +54,7 @@ from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
-from support.files import digest_pairs, digest_tensors
+from support.files import digest_model, digest_pairs
 from support.intervals import summarize
 from support.machine import matmul_peak, operations_a_token, resolve_machine
 from support.model import (
@@ -70,7 +70,7 @@ from support.processes import say
 from support.reward import check_reward, try_reward
 from support.run_log import RunLog
 from support.sampler import greedy_answers
-from support.sources import check_paths
+from support.sources import check_paths, forget_sources
 
 
 @dataclass
@@ -90,8 +90,8 @@ class Setup:
     peak_share: float = 0.0  # of the machine's peak, that one trained token a second takes (MFU)
     reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) log-probabilities in nats
     start: torch.Tensor | None = None  # the policy's own of "eval" before its first step
+    reference_seconds: float = 0.0  # how long these two took
     first: "AnswerLogps | None" = None  # kl_model, where sampled answers are compared with it
-    reference_seconds: float = 0.0  # how long they took
     answers: list[str] | None = None  # before training, to the samples' prompts
 
     @property
@@ -146,18 +146,18 @@ def run(configs, varied, options):
         with failures.noted(config):
             if config.rounds and not options.dry_run:
                 setup = prepared_for = None
+                forget_sources()
                 run_rounds(config, options)
                 continue
             if not options.dry_run and is_finished(folder, config, options.overwrite):
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may leave them
-                say(f"{folder} is finished. If what it read has changed: --overwrite trains anew.")
+                leave_finished(folder)
                 continue
             if not shares_setup(config, prepared_for):
                 setup = None  # frees the old model before the next one loads
-                setup = prepare(config, options.dry_run)
-                initial = {}
                 if varied:
-                    initial = {name: w.detach().clone() for name, w in setup.weights.items()}
+                    forget_sources()
+                setup = prepare(config, options.dry_run)
+                initial = {name: w.detach().clone() for name, w in setup.weights.items() if varied}
             if options.dry_run:
                 dry_run.estimate(setup, config)
                 prepared_for = config
@@ -186,8 +186,7 @@ def run_rounds(config, options):
         one = rounds.config_of(config, number)
         setup = None
         if rounds.lacks_pairs(config, number, overwrite):
-            wanted = rounds.pairs_wanted(config, number)
-            setup = load(replace(config, model=one.model, train_pairs=wanted))
+            setup = load(rounds.config_to_sample(config, number))
             setup.model.requires_grad_(False)
             place_weights(setup.policy, config)
         with claim(Path(config.output_dir), config, overwrite):
@@ -477,7 +476,7 @@ def other_policy(setup, config, setting):
     policy = AnswerLogps(load_other(config, setting, setup.tokenizer))
     check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row, config)
     if getattr(config, setting):
-        setup.origin[setting.replace("_", " ")] = digest_tensors(policy.model.state_dict())
+        setup.origin[setting.replace("_", " ")] = digest_model(policy.model)
     return policy
 
 
@@ -500,7 +499,7 @@ def load(config, dry=False):
     return Setup(
         policy=policy,
         tokenizer=tokenizer,
-        origin={"model": digest_tensors(model.state_dict()), "pairs": digest_pairs(pairs)},
+        origin={"model": digest_model(model), "pairs": digest_pairs(pairs)},
         pairs=pairs,
         drops=drops,
         lengths=answer_lengths(pairs, config.device),

@@ -178,7 +178,8 @@ def _check_room(config, model):
     if config.reference_cache:
         _check_writable(Path(config.reference_cache), "reference_cache")
     # a weight, its two moments, in float32; two checkpoints are kept while a third is written
-    checkpoints = KEPT_CHECKPOINTS + 1 if config.save_every else 1
+    before_a_reward = config.reward and config.eval_samples and config.eval_every
+    checkpoints = KEPT_CHECKPOINTS + 1 if config.save_every or before_a_reward else 1
     bytes_a_weight = 12 * checkpoints
     if config.keep == "best":
         bytes_a_weight += 4 * (checkpoints + 1)
@@ -195,7 +196,8 @@ def _check_room(config, model):
         raise InputError(
             f"output_dir {run}: {free / 1e9:.3g} GB are free on its disk, and the run needs "
             f"{needed / 1e9:.3g} GB for {checkpoints} checkpoints and the model. Make room, or "
-            "give another output_dir; save_every=0 writes one checkpoint only"
+            "give another output_dir; save_every=0 writes one checkpoint only, and with a reward "
+            "one before each evaluation"
         )
 
 
@@ -223,6 +225,12 @@ def is_finished(folder, config, overwrite=False):
     """
     check_noted(folder, config, overwrite)
     return not overwrite and exists(folder / "model")
+
+
+def leave_finished(folder):
+    """Say that a run is finished, and remove its checkpoints, which a kill may have left."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    say(f"{folder} is finished. If what it read has changed: --overwrite trains anew.")
 
 
 def check_noted(folder, config, overwrite):

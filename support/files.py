@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from support.processes import is_first
 
+ABOUT_A_FILE = ("architectures", "dtype", "transformers_version")  # in config.json
+
 
 def write_atomically(path, write):
     """Let write(temporary path) make a file; a crash leaves the old one or the new one whole."""
@@ -44,6 +46,20 @@ def digest_tensors(tensors):
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(data.numpy())
     return digest.hexdigest()
+
+
+def digest_model(model):
+    """sha256 of a transformers model's weights, and of what its config.json makes of them.
+
+    Where it is from, in what dtype, and who wrote it, is no part of it.
+    """
+    shape = {}
+    for name, value in model.config.to_dict().items():
+        if name not in ABOUT_A_FILE and not name.startswith("_"):
+            shape[name] = value
+    digest = digest_tensors(model.state_dict())
+    text = json.dumps([digest, shape], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_pairs(pairs):

@@ -118,12 +118,12 @@ def operations_a_token(model, weights):
     return 2 * (2 * count_weights(model) + trained)
 
 
-def peak_memory():
-    """Bytes of GPU memory, or of main memory without one, that this process held at most.
+def peak_memory(device):
+    """Bytes of a GPU's memory, or for other devices of main memory, that this process held at most.
 
     returns  int; None where the system does not tell
     """
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     if resource is None:
         return None

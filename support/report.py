@@ -173,8 +173,11 @@ def _last_part(name):
     return name.rpartition("/")[2]
 
 
-def describe_speed(trained):
-    """A line on time, memory and skipped updates, from the training rows of metrics.jsonl."""
+def describe_speed(trained, device):
+    """A line on time, memory and skipped updates, from the training rows of metrics.jsonl.
+
+    The memory is that of the process, which may have run others of a sweep before.
+    """
     seconds = trained[-1]["seconds"]
     rates = []
     skipped = 0
@@ -182,8 +185,8 @@ def describe_speed(trained):
         rates.append(row["tokens_per_second"])
         skipped += "skipped" in row
     rate = statistics.median_high(rates)
-    memory = peak_memory()
-    held = "" if memory is None else f"{memory / 1e9:.1f} GB, "
+    memory = peak_memory(device)
+    held = "" if memory is None else f"{memory / 1e9:.1f} GB held by the process at most, "
     return (
         f"{seconds:.0f} s since the reference pass began, {rate:.0f} tokens/s, {held}"
         f"{skipped} updates skipped"
@@ -207,8 +210,11 @@ def write_report(folder, config, pairs, answers):
     sampled = samples.describe(held_out)
     if sampled:  # what the model does comes before what it scores
         evaluation = f"{sampled}\n\n{evaluation}"
-    verdict = conclude(config, trained, held_out, answers)
-    speed = describe_speed(trained)
+    if held_out and held_out[-1]["step"] == 0:  # the best: what training did is in the others
+        verdict = conclude(config, trained, evaluations, [])
+    else:
+        verdict = conclude(config, trained, held_out, answers)
+    speed = describe_speed(trained, config.device)
     settings = public_settings(config)
     method = _method(settings)
     facts = "\n".join([*pairs, speed])

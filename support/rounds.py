@@ -117,9 +117,10 @@ def lacks_pairs(config, number, overwrite):
     return overwrite or not (finished or (folder / PAIRS).exists())
 
 
-def pairs_wanted(config, number):
-    """How many of the set's prompts are needed for this round and those before; 0 is all."""
-    return number * config.train_pairs
+def config_to_sample(config, number):
+    """The settings with which a round's model, and the prompts of it and those before, load."""
+    model = config_of(config, number).model
+    return replace(config, model=model, train_pairs=number * config.train_pairs)  # 0 is all
 
 
 def make_pairs(setup, config, number):

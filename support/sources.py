@@ -39,6 +39,12 @@ revisions_used = {}  # Hub name -> the commit that this process read
 bases_used = {}  # name of an adapter -> the base model that it was merged into
 
 
+def forget_sources():
+    """Forget what a sweep's earlier runs were given, which the next one's report is not to tell."""
+    for used in (stand_ins_used, revisions_used, bases_used):
+        used.clear()
+
+
 @dataclass(frozen=True)
 class HubSet:
     """What the name of a Hub set says: org/set, org/set/configuration, either with @revision."""

@@ -911,7 +911,11 @@ def start_and_interrupt(dpo, **settings):
         assert dpo(**settings) == 143
 
 
-CHANGED_MODELS = {"other weights": {"seed": 1}, "another architecture": {"num_hidden_layers": 1}}
+CHANGED_MODELS = {
+    "other weights": {"seed": 1},
+    "another architecture": {"num_hidden_layers": 1},
+    "another config.json": {"rms_norm_eps": 1e-2},
+}
 
 
 @pytest.mark.parametrize("change", CHANGED_MODELS)
@@ -991,10 +995,14 @@ def test_too_full_a_disk_is_told_before_the_reference_pass_with_both_numbers(
 ):
     free = shutil._ntuple_diskusage(10**9, 10**9, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    assert dpo(save_every=1) == 2
-    printed = capsys.readouterr().out
-    assert "Error: output_dir out: 1e-06 GB are free on its disk" in printed
-    assert "reference, train" not in printed
+    Path("judge.py").write_text("def judge(messages, answer, record):\n    return len(answer)\n")
+    rewarded = {"save_every": 0, "reward": "judge.py:judge", "eval_every": 1}
+    for settings in ({"save_every": 1}, rewarded):  # with a reward, one before each evaluation
+        assert dpo(**settings) == 2
+        printed = capsys.readouterr().out
+        assert "Error: output_dir out: 1e-06 GB are free on its disk" in printed
+        assert "for 3 checkpoints and the model" in printed
+        assert "reference, train" not in printed
 
 
 # keep: best
@@ -1093,7 +1101,8 @@ def test_the_best_up_to_the_older_checkpoint_is_there_when_the_newer_one_is_dama
 def test_no_evaluation_better_than_the_first_saves_the_model_as_it_was(dpo, tiny_model):
     assert dpo(**BEST | {"lr": 1.0}) == 0
     text = "Saved: the model as it was before training (step 0, the lowest held-out loss of 10"
-    assert text in Path("out/report.md").read_text()
+    report = Path("out/report.md").read_text()
+    assert text in report and "No change beyond chance" not in report
     before = load_file(f"{tiny_model}/model.safetensors")
     after = load_file("out/model/model.safetensors")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())

@@ -22,6 +22,7 @@ from helpers import (
     record,
     user,
     write_jsonl,
+    write_model,
 )
 from support import dry_run, report
 from support.config import Config, read_config
@@ -199,6 +200,16 @@ def test_a_dry_run_of_a_sweep_shows_equal_data_once_and_other_data_too(dpo, caps
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_tells_what_sampled_answers_to_held_out_prompts_cost(dpo, capsys):
+    Path("judge.py").write_text("def judge(messages, answer, record):\n    return len(answer)\n")
+    given = {"eval_every": 1, "max_new_tokens": 4}
+    for changes in ({}, {"reward": "judge.py:judge"}):
+        assert dpo("--dry-run", **given, **changes) == 0
+        shown = capsys.readouterr().out
+        told = "answers to held-out prompts, sampled 4 times in at most"  # 3 steps, and before
+        assert (told in shown) == bool(changes)
+
+
 # What was really used
 
 
@@ -216,6 +227,19 @@ def test_card_and_report_name_the_stand_ins_that_were_used(
     assert yaml.safe_load(metadata) == {"license": "other"}
     for path in (tiny_model, pairs_file, str(tmp_path), "output_dir"):
         assert path not in card
+
+
+def test_a_runs_report_names_no_stand_in_of_the_run_before_it_in_a_sweep(
+    hub_down, dpo, tiny_model, tmp_path
+):
+    other = write_model(tmp_path / "other", seed=1)
+    given = {"model": ["org/model", other], "offline": {"org/model": tiny_model}}
+    assert dpo(**given, output_dir="s/run") == 0
+    for path in Path("s").glob("*/report.md"):
+        is_stood_in = "org-model" in path.parent.name
+        assert ("stand-in for org/model" in path.read_text()) == is_stood_in
+        noted = path.with_name("config.yaml").read_text().splitlines()[0]
+        assert ("org/model" in noted) == is_stood_in
 
 
 def report_of(**settings):

@@ -38,7 +38,7 @@ from helpers import (
     write_model,
 )
 from support import report, rounds, samples
-from support.config import read_config
+from support.config import Config, read_config
 from support.run_log import read_rows
 from support.sampler import Told
 from support.shapes import read_preference
@@ -204,9 +204,9 @@ def test_what_is_sampled_is_trained_on_as_it_is_whatever_it_looks_like(good, bad
     ],
 )
 def test_each_round_asks_other_prompts_until_all_have_been_asked(wanted, asked):
-    config = SimpleNamespace(train_pairs=wanted)
+    config = Config(train_pairs=wanted)
     for number, expected in enumerate(asked, 1):
-        pairs = list("01234567")[: rounds.pairs_wanted(config, number) or None]
+        pairs = list("01234567")[: rounds.config_to_sample(config, number).train_pairs or None]
         found = rounds._prompts_of_round(pairs, config, number)
         assert sorted(found) == sorted(expected)
 
@@ -555,6 +555,14 @@ def test_rounds_take_no_folder_of_another_run_and_leave_theirs_to_none(dpo, sett
     assert dpo(**settings | {"rounds": 1}) == 0
     assert dpo(**plain) == 2
     assert "Error: out: rounds was 1, is 0" in capsys.readouterr().out
+
+
+def test_rounds_of_a_folder_may_grow_and_not_shrink(whole, dpo, settings, capsys):
+    given = whole.settings | {"output_dir": str(whole.folder)}
+    before = files(whole.folder)
+    assert dpo(**given | {"rounds": 1}) == 2
+    assert "rounds was 2, is 1" in capsys.readouterr().out
+    assert files(whole.folder) == before
 
 
 def test_a_setting_that_stops_rounds_before_they_sample_may_be_mended(dpo, settings, capsys):
