@@ -16,6 +16,7 @@ from helpers import (
     BETTER,
     CONFIG,
     METRICS,
+    WORSE,
     assistant,
     held_out,
     read_metrics,
@@ -242,15 +243,24 @@ def test_a_runs_report_names_no_stand_in_of_the_run_before_it_in_a_sweep(
         assert ("org/model" in noted) == is_stood_in
 
 
-def report_of(**settings):
+def report_of(evaluations=(), **settings):
     """write_report's card for a run with these settings and made-up figures."""
     (config,), _ = read_config(CONFIG, [f"{k}={json.dumps(v)}" for k, v in settings.items()])
     row = {"step": 1, "split": "train", "seconds": 1.0, "tokens_per_second": 9.0, "lr": 0.0}
     row |= dict.fromkeys([*METRICS, "grad_norm"], 0.5)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    lines = [json.dumps(one) + "\n" for one in (row, *evaluations)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     return report.write_report(folder, config, [], [])[0]
+
+
+def test_a_run_whose_best_is_the_model_before_training_is_judged_by_its_training():
+    settings = {"keep": "best", "output_dir": "out", "lr": 1e-6}
+    report_of(held_out(half_width=0.01, **WORSE), **settings)
+    text = Path("out/report.md").read_text()
+    assert "Saved: the model as it was before training" in text
+    assert "Got worse on held-out pairs" in text and "Try a lower lr (now 1e-6)" in text
 
 
 def test_the_cards_metadata_hold_hub_names_alone(pairs_file):
