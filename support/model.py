@@ -61,6 +61,8 @@ def load_model(config):
             if adapter.has_tokenizer:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
             return model, tokenizer
+        if "gguf_file" not in options:
+            _refuse_quantised(transformers.AutoConfig.from_pretrained(path, **options))
         if on_the_hub:
             announce_download(path, options["revision"])
         model, found = transformers.AutoModelForCausalLM.from_pretrained(path, **options, **weights)
@@ -76,6 +78,17 @@ def load_model(config):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
     _disable_dropout(model)
     return model.eval(), tokenizer
+
+
+def _refuse_quantised(shape):
+    """InputError for a model whose weights are saved quantised; `shape` is its config.json."""
+    quantised = getattr(shape, "quantization_config", None)
+    if quantised:
+        raise InputError(
+            f"its weights are quantised ({quantised.get('quant_method', 'no name')}), and weights "
+            "are trained in float32: give the model that it was made from. For less memory, "
+            "load_in_4bit=true packs that one's under an adapter"
+        )
 
 
 def _load_merged(adapter, config):
@@ -363,6 +376,7 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
         model, state = _merge_adapter(model, state, config, temporary)
     shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
     _stop_at(model.generation_config, end_of_turn)
+    _make_valid(model.generation_config)
     saved = {}
     for name, tensor in state.items():
         saved[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -391,6 +405,14 @@ def _merge_adapter(model, state, config, temporary):
     merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()
     merged.to(getattr(torch, config.save_dtype))  # before a tied head becomes two tensors
     return merged, merged.state_dict()
+
+
+def _make_valid(generation_config):
+    """Let sampling settings be used: some models have them without do_sample, and are not saved."""
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
 
 
 def _stop_at(generation_config, end_of_turn):

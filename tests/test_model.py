@@ -194,6 +194,25 @@ def test_a_generation_config_keeps_the_ends_it_had(tmp_path, dpo, tiny_model):
     assert set(ends["eos_token_id"]) == {7, build_tokenizer().convert_tokens_to_ids("<|im_end|>")}
 
 
+def test_a_model_whose_sampling_settings_lack_do_sample_is_saved(tmp_path, dpo):
+    model = write_model(tmp_path / "model")
+    path = tmp_path / "model/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    assert dpo(model=model) == 0
+    saved = json.loads(Path("out/model/generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+
+def test_a_model_of_quantised_weights_is_refused_before_they_are_read(tmp_path, dpo, capsys):
+    model = write_model(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    quantised = {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | quantised))
+    assert dpo(model=model) == 2
+    said = "Error: its weights are quantised (fp8), and weights are trained in float32"
+    assert said in capsys.readouterr().out
+
+
 def test_bfloat16_is_saved_where_it_is_asked_for(dpo):
     assert dpo(save_dtype="bfloat16", train_pairs=2, eval_pairs=0, dtype="bfloat16") == 0
     assert json.loads(Path("out/model/config.json").read_text())["dtype"] == "bfloat16"
