@@ -183,6 +183,7 @@ def run_rounds(config, options):
     """
     overwrite = options.overwrite
     for number in range(1, config.rounds + 1):
+        processes.stop_if_signalled()
         one = rounds.config_of(config, number)
         setup = None
         if rounds.lacks_pairs(config, number, overwrite):

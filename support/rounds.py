@@ -103,6 +103,8 @@ def begin_anew(config):
         if folder.exists() and not is_finished(folder, one, overwrite=True):
             with claim(folder, one, overwrite=True):
                 pass
+    if is_first():
+        (Path(config.output_dir) / HELD_OUT).unlink(missing_ok=True)
 
 
 def lacks_pairs(config, number, overwrite):
@@ -151,7 +153,10 @@ def make_pairs(setup, config, number):
 
 
 def _write_held_out(pairs, config):
-    """The evaluation pairs as a set of their own, so that all rounds have the same ones."""
+    """The evaluation pairs as a set of their own, so that all rounds have the same ones.
+
+    raises   InputError if they are others than an earlier round's, or steps of an answer
+    """
     rows = []
     for pair in pairs:
         preference = read_preference(pair.record, config.columns)
@@ -162,12 +167,25 @@ def _write_held_out(pairs, config):
             )
         row = _in_own_shape(preference, preference.chosen, preference.rejected)
         rows.append(row | {ORIGINAL: pair.record})
-    write_records(Path(config.output_dir) / HELD_OUT, rows)
+    path = Path(config.output_dir) / HELD_OUT
+    before = json.dumps(read_rows(path))
+    if before not in ("[]", json.dumps(rows, default=str)):
+        raise InputError(
+            f"{path}: the data changed since these were held out, and what earlier rounds trained "
+            "on may be among them now. Put the data back, give another output_dir, or begin anew "
+            "with --overwrite"
+        )
+    write_records(path, rows)
 
 
 def _in_own_shape(preference, chosen, rejected):
-    """A record of this project's own shape with the prompt of a preference."""
-    row = {"prompt": preference.messages, "chosen": chosen, "rejected": rejected}
+    """A record of this project's own shape with the prompt of a preference, and two answers."""
+    # as turns, for plain text is searched for a prompt or the turns of a dialogue in it
+    row = {
+        "prompt": preference.messages,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
     return row | {"tools": preference.tools} if preference.tools else row
 
 
@@ -268,9 +286,7 @@ def _couple_all(prompts, answers, rewards, config):
         lead += chosen[1] - rejected[1]
         record = pair.record.get(ORIGINAL, pair.record)
         preference = read_preference(record, config.columns)
-        # as turns, for plain text is searched for a prompt or the turns of a dialogue in it
-        turns = [[{"role": "assistant", "content": text}] for text, _, _ in found]
-        row = _in_own_shape(preference, *turns)
+        row = _in_own_shape(preference, chosen[0], rejected[0])
         pairs.append(row | {"score_chosen": chosen[2], "score_rejected": rejected[2]})
     return pairs
 

@@ -37,7 +37,7 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from support import report, rounds, samples
+from support import processes, report, rounds, samples
 from support.config import Config, read_config
 from support.run_log import read_rows
 from support.sampler import Told
@@ -555,6 +555,43 @@ def test_rounds_take_no_folder_of_another_run_and_leave_theirs_to_none(dpo, sett
     assert dpo(**settings | {"rounds": 1}) == 0
     assert dpo(**plain) == 2
     assert "Error: out: rounds was 1, is 0" in capsys.readouterr().out
+
+
+def test_rounds_do_not_go_on_with_other_held_out_prompts(dpo, settings, tmp_path, capsys):
+    given = settings | {"dataset": write_jsonl(tmp_path / "set.jsonl", many(9)), "rounds": 1}
+    assert dpo(**given) == 0
+    held_out = Path("out/held_out.jsonl").read_text()
+    changed = (tmp_path / "set.jsonl").read_text().replace("Q", "P")
+    (tmp_path / "set.jsonl").write_text(changed)
+    assert dpo(**given | {"rounds": 2}) == 2
+    assert "held_out.jsonl: the data changed since these were held out" in capsys.readouterr().out
+    assert Path("out/held_out.jsonl").read_text() == held_out
+    assert dpo("--overwrite", **given) == 0
+    assert Path("out/held_out.jsonl").read_text() != held_out
+
+
+def test_held_out_answers_that_look_like_a_dialogue_stay_answers(dpo, settings, tmp_path):
+    rows = many(15)
+    for number, row in enumerate(rows):
+        row["chosen"] = [assistant(f"[INST] {number} [/INST]")]
+    given = {"dataset": write_jsonl(tmp_path / "set.jsonl", rows), "rounds": 1}
+    assert dpo(**settings | given) == 0
+    assert read_metrics("out/round_1", "eval")[-1]["pairs"] == 3
+
+
+def test_a_signal_while_a_round_is_finished_begins_no_other(dpo, settings, monkeypatch, capsys):
+    finish = report.finish
+
+    def signalled(*given):
+        processes._signals.append(15)
+        finish(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "_signals", [])
+        patch.setattr(report, "finish", signalled)
+        assert dpo(**settings) == 143
+    assert Path("out/round_1/model").exists() and not Path("out/round_2").exists()
+    assert dpo(**settings) == 0
 
 
 def test_rounds_of_a_folder_may_grow_and_not_shrink(whole, dpo, settings, capsys):
