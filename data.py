@@ -100,7 +100,9 @@ def load_pairs(config, tokenizer, look=None):
     if eval_records is records:
         taken = {pair.index for pair in held_out}
         order = [index for index in order if index not in taken]
-    prompts = {pair.prompt for pair in held_out}
+    prompts = set()
+    for pair in held_out:  # as they are written, and as the model sees them
+        prompts |= {pair.prompt, pair.prompt_ids.tobytes()}
     wanted = config.train_pairs
     train = select_pairs(records, encoder, wanted, order, drops["train"], without=prompts)
 
@@ -232,7 +234,7 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
     """The first `wanted` usable pairs in the order given; 0 is all.
 
     drops    Counter to which the reasons of the records passed over are added
-    without  prompts that must not be taken
+    without  prompts that must not be taken, each as Pair.prompt or as the bytes of prompt_ids
     returns  list of Pair
     """
 
@@ -240,7 +242,7 @@ def select_pairs(records, encoder, wanted, order, drops, without=()):
         for index in order:
             try:
                 pair = encoder.encode(records[index], index)
-                drop_if(pair.prompt in without, HELD_OUT)
+                drop_if(pair.prompt in without or pair.prompt_ids.tobytes() in without, HELD_OUT)
                 yield pair
             except Drop as reason:
                 drops[str(reason)] += 1
@@ -293,8 +295,11 @@ class PairEncoder:
                 break
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
-        # a limit below the generation prompt itself would leave nothing to answer to
-        self.max_prompt_length = max(max_prompt_length, len(self._ids(before)))
+        # a limit below BOS and generation prompt would leave nothing to answer to
+        least = len(self._ids(before))
+        if tokenizer.bos_token_id is not None:
+            least += 1
+        self.max_prompt_length = max(max_prompt_length, least)
 
     def _render_around_an_answer(self):
         """What the template writes between question and answer, and after the answer."""
@@ -336,8 +341,11 @@ class PairEncoder:
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         drop_if(left_out, f"the chat template leaves out {left_out}")
 
-        # a prompt loses its beginning, an answer its end
+        # a prompt loses its beginning but for a BOS, an answer its end
         kept = prompt_ids[-self.max_prompt_length :]
+        begin = self.tokenizer.bos_token_id
+        if prompt_ids[:1] == [begin] and prompt_ids.count(begin) == 1:  # it begins no turns
+            kept[0] = begin
         room = self.max_length - len(kept)
         longest = max(len(chosen_ids), len(rejected_ids))
         cut = len(kept) < len(prompt_ids) or longest > room

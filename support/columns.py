@@ -42,6 +42,10 @@ def check_places(columns):
                 f"columns: {' and '.join(together)} belong together, without "
                 f"{' and '.join(sorted(missing))} they say nothing. As in {EXAMPLES}"
             )
+    if given >= set(LABEL_VALUES) and not given >= set(LABELLED):
+        raise InputError(
+            f"columns: {' and '.join(LABEL_VALUES)} are values of winner: name a, b and winner too"
+        )
     if given >= {*PAIR, *LABELLED}:
         raise InputError("columns: give chosen and rejected, or a, b and winner, not both")
     _check_all_differ(columns)

@@ -476,9 +476,9 @@ def labelled_by_columns(fields):
 
     {"prompt": "Name a fruit.", "a": "An apple.", "b": "No.", "winner": "a"}
     """
-    if not fields.has("a", "b", "winner"):
-        return None
     columns = fields.columns
+    if not fields.has("a", "b", "winner") or is_filled(columns.get("chosen")):
+        return None
     if is_filled(columns.get("a_if")):
         means = [{as_label(columns[value])} for value in LABEL_VALUES]
     else:

@@ -38,6 +38,7 @@ from support.turns import Drop
 
 SPELLS = "spells the control token {}: plain text is wanted"
 WRITES_BOS = "<s>" + CHATML
+TRIMS = CHATML.replace("m.content", "m.content | trim")
 
 
 def system(content):
@@ -345,6 +346,18 @@ def test_a_long_prompt_keeps_its_end_and_the_generation_prompt():
     assert pair.cut
 
 
+@pytest.mark.parametrize("template", [WRITES_BOS, None])
+def test_a_long_prompt_keeps_its_bos(template):
+    tokenizer = build_tokenizer(template, bos="<s>")
+    for limit in (1, 30):
+        long = encoder(tokenizer, max_prompt_length=limit).encode(record("early " * 50 + "late"))
+        ids = list(long.prompt_ids)
+        assert ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1
+        whole = list(encoder(tokenizer).encode(record("early " * 50 + "late")).prompt_ids)
+        assert ids[1:] == whole[len(whole) - len(ids) + 1 :] and long.cut
+        assert template is None or text(ids).endswith("<|im_start|>assistant\n")
+
+
 def test_a_tiny_prompt_limit_never_cuts_the_generation_prompt():
     pair = encoder(max_prompt_length=1).encode(record("A long question"))
     assert text(pair.prompt_ids) == "<|im_end|>\n<|im_start|>assistant\n"
@@ -462,6 +475,15 @@ def test_a_split_column_selects_training_and_evaluation_rows(tmp_path):
     assert drops["train"] == {"its prompt is held out for evaluation": 1}
     with pytest.raises(MissingSplit, match="no split other, only: test_prefs, train_prefs"):
         data.load_pairs(data_config(path, split="other"), build_tokenizer())
+
+
+def test_a_held_out_prompt_is_known_in_other_writing_that_the_template_makes_the_same(tmp_path):
+    train = write_jsonl(tmp_path / "a.jsonl", [record("Name a fruit.\n"), record("Name a tree.")])
+    held_out = write_jsonl(tmp_path / "b.jsonl", [record("Name a fruit.")])
+    config = data_config(train, eval_dataset=held_out, eval_split=None, eval_pairs=9, split=None)
+    pairs, drops = data.load_pairs(config, build_tokenizer(TRIMS))
+    assert [json.loads(p.prompt)[0]["content"] for p in pairs["train"]] == ["Name a tree."]
+    assert drops["train"] == {"its prompt is held out for evaluation": 1}
 
 
 def test_evaluation_from_a_set_of_its_own_shares_no_prompt(tmp_path):

@@ -879,6 +879,7 @@ LABEL = {"a": "left", "b": "right", "winner": "pick"}
         ({"chosen": "good"}, "chosen and rejected belong together, without rejected they"),
         ({"a": "x", "b": "y"}, "a and b and winner belong together, without winner they"),
         ({"a": "x", "b": "y", "winner": "z", "a_if": 1}, "a_if and b_if belong together"),
+        ({"a_if": 1, "b_if": 2}, "a_if and b_if are values of winner: name a, b and winner too"),
         ({"prompt": 5}, "prompt takes the name of a column, not 5"),
     ],
 )
@@ -889,6 +890,12 @@ def test_places_that_there_are_not_or_half_of_them_are_refused(columns, message,
     path.write_text(json.dumps({"columns": columns}))
     with pytest.raises(InputError, match=message):
         read_config(path)
+
+
+def test_answers_that_the_setting_names_win_over_a_sets_own_a_and_b():
+    value = {"prompt": "Q", "a": "one", "b": "two", "winner": "a", "good": "best", "bad": "worst"}
+    found = read_preference(value, {"chosen": "good", "rejected": "bad"})
+    assert (found.chosen, found.rejected) == ("best", "worst")
 
 
 def test_both_ways_to_name_the_answers_at_once_are_refused():
