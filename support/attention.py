@@ -1,5 +1,7 @@
 """Attention over a row of pairs, in which both answers share their prompt."""
 
+import math
+
 import torch
 import transformers
 from torch.nn.functional import scaled_dot_product_attention
@@ -48,6 +50,24 @@ def shared_prompt_attention(
     for q, k, v, segment in zip(queries, keys, values, segments, strict=True):
         outputs += attend_within_a_pair(q, k, v, segment, scaling)
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def window_of(shape):
+    """Up to how many tokens a sequence is computed alike, whatever stands beside it in a batch.
+
+    Beyond a sliding window a token does not see all before it; where rotations depend on a row's
+    length (RoPE of type dynamic or longrope), they do from a certain length on.
+
+    shape    a model's text config
+    returns  int, or inf where there is no limit
+    """
+    window = getattr(shape, "sliding_window", None) or math.inf
+    rope = getattr(shape, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return window
+    begun = rope.get("original_max_position_embeddings")
+    begun = begun or getattr(shape, "original_max_position_embeddings", None)
+    return min(window, begun or shape.max_position_embeddings)
 
 
 def attend_within_a_pair(query, key, value, segment, scaling):

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from filelock import FileLock
+
 from support.files import digest_pairs, read_tensors, write_tensors
 from support.four_bit import packer
 from support.machine import numerics
@@ -33,7 +35,8 @@ def read_or_compute(title, folder, depends_on, compute):
         say(f"{title}: read from {path}")
         return found
     found = compute()
-    write_tensors(path, found)
+    with FileLock(f"{path}.lock"):  # another run may be at the same
+        write_tensors(path, found)
     return found
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from support.attention import window_of
 from support.errors import InputError, first_line
 from support.kv_cache import check_cache
 from support.processes import say
@@ -97,9 +98,8 @@ def check_noise(policy, row):
 def choose_layout(policy, pairs, make_row, sampled=0, tolerance=1e-3):
     """Let the policy share prompts if that gives what separate sequences give.
 
-    Compared is the longest pair, within `tolerance` nats a token. Sequences beyond the model's
-    sliding window never share, nor does a model whose LM head has a bias, which token_logps would
-    leave out.
+    Compared is the longest pair, within `tolerance` nats a token. Sequences beyond window_of the
+    model never share, nor does a model whose LM head has a bias, which token_logps would leave out.
 
     sampled  tokens of the longest sequence that will be sampled, and scored as the pairs are
     returns  whether prompts are shared
@@ -117,7 +117,7 @@ def choose_layout(policy, pairs, make_row, sampled=0, tolerance=1e-3):
             difference = (separate - policy(row)).abs().max().item()
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             say(f"The model refuses rows that share a prompt: {first_line(error)}")
-    window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or math.inf
+    window = window_of(policy.model.config.get_text_config())
     shared = difference <= tolerance and max(longest.length, sampled) <= window
     policy.share_prompts(shared)
     layout = "shared prompts" if shared else "separate sequences"

@@ -207,8 +207,21 @@ def read_config(path, overrides=()):
         config = replace(config, output_dir=_output_dir(config, varied))
         if config not in configs:
             configs.append(config)
+    _check_folders(configs)
     _tell_what_does_nothing(configs)
     return configs, varied
+
+
+def _check_folders(configs):
+    """InputError where two runs of a sweep would have one folder, as of a/b and a-b."""
+    folders = set()
+    for config in configs:
+        if config.output_dir in folders:
+            raise InputError(
+                f"output_dir: two runs of the sweep would be in {config.output_dir}. Change it, or "
+                "one of the values that are in its name"
+            )
+        folders.add(config.output_dir)
 
 
 def _tell_what_does_nothing(configs):

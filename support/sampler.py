@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch.nn.functional import pad
 
+from support.attention import window_of
 from support.kv_cache import KVCache
 from support.processes import RANK, WORLD, any_of, progress, say, sum_over_processes
 
@@ -154,9 +155,8 @@ class Sampler:
 
     def _is_cached(self, prompts):
         """Whether these prompts can be drawn by a KVCache."""
-        window = getattr(self.shape, "sliding_window", None) or math.inf
         longest = max(map(len, prompts)) + self.max_new_tokens
-        fits = longest <= window and self.device.type == "cpu"
+        fits = longest <= window_of(self.shape) and self.device.type == "cpu"
         return fits and self.policy.takes_kv_cache
 
     def _answer(self, tokens):

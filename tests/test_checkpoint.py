@@ -18,9 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ import dpo_loss
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
 from support import checkpoint, files, processes, report, rounds, run_log
+from support.cache import read_or_compute
 from support.checkpoint import claim
 from support.config import Config, _Loader, read_config
 from support.errors import InputError
@@ -617,7 +620,7 @@ def test_two_damaged_checkpoints_start_the_run_anew_and_its_new_ones_are_kept(
 def test_a_damaged_reference_cache_is_computed_anew(run, undisturbed):
     work, command = run.new(), ("reference_cache=cache",)
     run(work, *command, fault=["signal_at", "train_step", 1, signal.SIGINT])
-    (cache,) = (work / "cache").iterdir()
+    (cache,) = (work / "cache").glob("*.safetensors")
     os.truncate(cache, cache.stat().st_size - 1)
     end = run(work, *command)
     assert end["code"] == 0, end["text"]
@@ -976,6 +979,19 @@ def test_a_folder_that_is_no_runs_keeps_its_files(dpo, capsys, monkeypatch, flag
     assert "Give a folder of its own, such as output_dir=runs/mine" in line
     monkeypatch.undo()
     assert settings.read_bytes() == kept if settings.exists() else True
+
+
+def test_runs_that_fill_one_cache_at_the_same_time_do_not_stop_each_other():
+    begun = threading.Barrier(4)
+
+    def compute():
+        begun.wait()
+        return {"logps": torch.zeros(10**6)}
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(read_or_compute, "it", "cache", "key", compute) for _ in range(4)]
+    assert all(len(run.result()["logps"]) == 10**6 for run in runs)
+    assert len(list(Path("cache").glob("*.safetensors*"))) == 2  # and its lock
 
 
 @pytest.mark.parametrize("setting", ["output_dir", "reference_cache"])

@@ -150,6 +150,11 @@ def test_output_dir_is_filled_in_from_the_settings_it_names():
     assert one("output_dir='a/{model}/s{seed}'", "model=x/y").output_dir == "a/x-y/s42"
 
 
+def test_two_runs_of_a_sweep_do_not_share_a_folder():
+    with pytest.raises(InputError, match="two runs of the sweep would be in runs/.*a-p.jsonl"):
+        read_config(CONFIG, ["dataset=[a/p.jsonl, a-p.jsonl]"])
+
+
 def test_names_of_columns_can_be_swept():
     configs, varied = read_config(CONFIG, ["columns=[{prompt: a}, {chosen: b, rejected: c}]"])
     folders = [

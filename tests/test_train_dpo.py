@@ -115,6 +115,17 @@ def test_rows_beyond_a_sliding_window_run_as_separate_sequences():
     assert not choose_layout(policy, [short, long, short], make_row) and not policy.shared
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "default"])
+def test_rows_share_no_prompt_where_rotations_depend_on_a_rows_length(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    model = build_model("llama", rope_parameters=rope, max_position_embeddings=32)
+    policy = AnswerLogps(model)
+    assert choose_layout(policy, [random_pair(4, 5, 6)], make_row)
+    # both answers of the longest are beyond the limit, where it agrees with itself
+    pairs = [random_pair(20, 30, 30), random_pair(12, 8, 1)]
+    assert choose_layout(policy, pairs, make_row) == (rope_type == "default")
+
+
 def test_a_long_sequence_counts_although_another_pair_has_more_tokens():
     policy = AnswerLogps(build_model("mistral", sliding_window=32))
     assert choose_layout(policy, [random_pair(10, 21, 21)], make_row)
