@@ -286,7 +286,8 @@ class PairEncoder:
             if first == [tokenizer.bos_token_id]:
                 self.bos = first
 
-        before, after = self._render_around_an_answer()
+        self.before, self.gap, after = self._render_around_an_answer()
+        self.before_ids = self._ids(self.before)
         # the end of turn is the first control token that the template puts after an answer
         self.end_of_turn = tokenizer.eos_token_id
         for token_id in self._ids(after):
@@ -296,13 +297,13 @@ class PairEncoder:
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
         # a limit below BOS and generation prompt would leave nothing to answer to
-        least = len(self._ids(before))
+        least = len(self.before_ids)
         if tokenizer.bos_token_id is not None:
             least += 1
         self.max_prompt_length = max(max_prompt_length, least)
 
     def _render_around_an_answer(self):
-        """What the template writes between question and answer, and after the answer."""
+        """The template's generation prompt, white space between that and an answer, and the end."""
         question = {"role": "user", "content": "question"}
         answer = {"role": "assistant", "content": "ANSWER"}
         try:
@@ -310,7 +311,12 @@ class PairEncoder:
             answered = self.render([question, answer])
         except TemplateError as error:
             raise InputError(f"the chat template fails: {first_line(error)}") from error
-        return asked.rpartition("question")[2], answered.rpartition("ANSWER")[2]
+        gap = ""
+        if self.tokenizer.chat_template and answered.startswith(asked):
+            gap, _, _ = answered[len(asked) :].partition("ANSWER")
+        if not gap.isspace():  # another text, which compare_template tells of
+            gap = ""
+        return asked.rpartition("question")[2], gap, answered.rpartition("ANSWER")[2]
 
     def render(self, messages, **options):
         """The chat template's text; of a base model, which has none, the turns' text alone."""
@@ -326,6 +332,18 @@ class PairEncoder:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
+    def _answer_ids(self, text):
+        """The ids of an answer as they are behind the generation prompt.
+
+        Alone it would get from a tokenizer of SentencePiece's kind a space that the template does
+        not write. Where both touch, as a newline may the answer's own, its ids are those alone.
+        """
+        if not text.startswith(self.gap):
+            text = self.gap + text
+        ids = self._ids(self.before + text)
+        length = len(self.before_ids)
+        return ids[length:] if ids[:length] == self.before_ids else self._ids(text)
+
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
         preference = read_preference(record, self.columns)
@@ -335,8 +353,8 @@ class PairEncoder:
             rendered = self._render_prompt(preference.messages, preference.tools)
             left_out = left_out_of(self._render_prompt, preference, rendered)
             prompt_ids = self.bos + self._ids(rendered)
-            chosen_ids = self._ids(preference.chosen) + end
-            rejected_ids = self._ids(preference.rejected) + end
+            chosen_ids = self._answer_ids(preference.chosen) + end
+            rejected_ids = self._answer_ids(preference.rejected) + end
         except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         drop_if(left_out, f"the chat template leaves out {left_out}")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import data
 from data import Pair
@@ -344,6 +346,45 @@ def test_a_long_prompt_keeps_its_end_and_the_generation_prompt():
     assert len(pair.prompt_ids) == 30
     assert text(pair.prompt_ids).endswith("early late<|im_end|>\n<|im_start|>assistant\n")
     assert pair.cut
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+VICUNA = (
+    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else ' ASSISTANT: ' }}"
+    "{{ m.content }}{% if m.role != 'user' %}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+
+
+def sentence_pieces(template):
+    """A tokenizer that writes a space before a text's first word, as SentencePiece's do."""
+    tokenizer = build_tokenizer(template)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS, show_progress=False)
+    corpus = ["Question", "An", "apple", "<|user|>", "<|assistant|>", "USER:", "ASSISTANT:", ".No"]
+    backend.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [ZEPHYR, VICUNA, CHATML])
+@pytest.mark.parametrize("build", [build_tokenizer, sentence_pieces])
+def test_an_answers_tokens_are_those_that_the_template_writes(build, template):
+    tokenizer = build(template)
+    coder = encoder(tokenizer)
+    pair = coder.encode(record("Question", "An apple.", "No."))
+    for answer, ids in (("An apple.", pair.chosen_ids), ("No.", pair.rejected_ids)):
+        whole = tokenizer.apply_chat_template([user("Question"), assistant(answer)], tokenize=False)
+        expected = tokenizer(whole.rstrip("\n"), add_special_tokens=False).input_ids
+        assert list(pair.prompt_ids + ids) == expected
+    again = coder.encode(record("Question", coder.gap + "An apple.", "No."))
+    assert again.chosen_ids == pair.chosen_ids
 
 
 @pytest.mark.parametrize("template", [WRITES_BOS, None])
