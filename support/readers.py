@@ -20,6 +20,7 @@ from pyarrow.dataset import ParquetFragmentScanOptions
 from torch.utils.data import ConcatDataset, Subset
 
 from support.errors import InputError, first_line
+from support.processes import say
 
 TEXT_FILES = (".jsonl", ".json", ".csv")
 DATA_FILES = (*TEXT_FILES, ".parquet")
@@ -104,6 +105,7 @@ def read_folder(path, split, required):
         found = datasets.load_from_disk(path)
     else:
         _check_one_kind(path)
+        _check_all_are_read(path)
         found = datasets.load_dataset(path)
     if not isinstance(found, dict):
         return select_split([found], path, split, required)
@@ -120,13 +122,9 @@ def read_folder(path, split, required):
 def _check_one_kind(folder):
     """Refuse a folder of which nothing tells what in it is the set."""
     kinds = {}
-    for file in sorted(Path(folder).rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        described = file.name in ("dataset_infos.json", "dataset_info.json")
-        if file.is_file() and is_data_file(file) and not hidden and not described:
-            kinds.setdefault(ending(file), file)
-    card = Path(folder, "README.md")
-    if card.exists() and "configs:" in card.read_text(encoding="utf-8", errors="replace"):
+    for file in _data_files(folder):
+        kinds.setdefault(ending(file), file)
+    if _has_card_of_files(folder):
         return
     _check_all_shards(folder)
     if not kinds:
@@ -137,6 +135,39 @@ def _check_one_kind(folder):
         raise InputError(
             f"dataset {folder}: the folder holds files of several kinds ({', '.join(kinds)}). Give "
             f"those of one, as in dataset='{Path(folder)}/*{min(kinds)}'"
+        )
+
+
+def _data_files(folder):
+    """The data files of a folder and those below it, without hidden ones and descriptions."""
+    files = []
+    for file in sorted(Path(folder).rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        described = file.name in ("dataset_infos.json", "dataset_info.json")
+        if file.is_file() and is_data_file(file) and not hidden and not described:
+            files.append(file)
+    return files
+
+
+def _has_card_of_files(folder):
+    """Whether the folder's README.md says which of its files are the set."""
+    card = Path(folder, "README.md")
+    return card.exists() and "configs:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _check_all_are_read(folder):
+    """Refuse a folder of which `datasets` would leave out files: those that name no split."""
+    if _has_card_of_files(folder):
+        return
+    read = set()
+    for files in datasets.load_dataset_builder(folder).config.data_files.values():
+        read |= {os.path.realpath(file) for file in files}
+    left_out = [str(file) for file in _data_files(folder) if os.path.realpath(file) not in read]
+    if left_out:
+        raise InputError(
+            f"dataset {folder}: {', '.join(left_out)[:300]} would be left out, for the names of "
+            "other files tell a split (train, test, ...) and theirs do not. Rename them, or name "
+            f"all: dataset='{Path(folder)}/*{ending(left_out[0])}'"
         )
 
 
@@ -173,9 +204,16 @@ def select_split(parts, name, split, required):
     if split not in known:
         raise MissingSplit(f"{name} has no split {split}, only: {', '.join(sorted(known))}")
     selected = []
+    without = 0
     for part, of_rows in zip(parts, names, strict=True):
+        if not any(of_rows) and not required:  # a file without the column is read whole
+            selected.append(part)
+            continue
         rows = [row for row, of_row in enumerate(of_rows) if of_row == split]
         selected.append(Subset(part, rows))
+        without += of_rows.count(None) if any(of_rows) else 0
+    if without:
+        say(f"!!! {without} records of {name} say nothing in column split, and are left out !!!")
     return _join(selected)
 
 

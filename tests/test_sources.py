@@ -459,6 +459,24 @@ def test_a_split_is_asked_of_a_file_that_has_no_column_for_it(tmp_path):
     assert str(error.value).endswith(f"To read all rows give the name alone: {path}")
 
 
+def test_a_file_without_the_column_split_is_read_whole_beside_one_that_has_it(tmp_path, capsys):
+    rows = [row | {"split": "train_prefs"} for row in many(3)] + many(2, "R")
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", many(4, "S"))
+    train, _, _ = load_pairs(data_config(f"{tmp_path}/*.jsonl"))
+    assert sorted(json.loads(p.prompt)[0]["content"][0] for p in train) == [*"QQQSSSS"]
+    assert "!!! 2 records of" in capsys.readouterr().out
+
+
+def test_a_folder_is_refused_of_which_files_would_be_left_out(tmp_path):
+    write_jsonl(tmp_path / "orca_train.jsonl", many(3))
+    write_jsonl(tmp_path / "ultrafeedback.jsonl", many(9, "R"))
+    with pytest.raises(InputError, match="ultrafeedback.jsonl would be left out, for the names"):
+        load_pairs(data_config(str(tmp_path)))
+    (tmp_path / "ultrafeedback.jsonl").rename(tmp_path / "more_train.jsonl")
+    assert len(load_pairs(data_config(str(tmp_path), split=None))[0]) == 12
+
+
 # Several files, compressed files, folders
 
 
