@@ -392,7 +392,9 @@ class PairEncoder:
         """Drop what is no preference, no text, or spells a control token of the model."""
         chosen, rejected, scores = preference.chosen, preference.rejected, preference.scores
         texts = [message["content"] for message in preference.messages] + [chosen, rejected]
-        for text in texts:
+        calls = [message.get("tool_calls") for message in preference.messages]
+        functions = json.dumps([preference.tools, calls], ensure_ascii=False)
+        for text in [*texts, functions]:
             found = self.control.search(text)
             drop_if(found, f"spells the control token {found and found[0]}: plain text is wanted")
         drop_if(chosen == rejected, "same text")

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import traceback
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -64,7 +65,8 @@ class Failures:
             yield
             self.started = True
         except Exception as error:  # whatever it is, it must not take the other runs along
-            self.started = self.started or not isinstance(error, InputError)
+            has_trained = any(Path(config.output_dir).glob("round_*/model"))
+            self.started = self.started or has_trained or not isinstance(error, InputError)
             if not (self.go_on and self.started):
                 raise
             advice = advise(error)

@@ -25,7 +25,7 @@ KEYS = ("role", "content", "from", "value")  # of a turn
 MAPPING_AS_TEXT = re.compile(r"""\s*(\[)?\s*\{\s*["'](\w+)["']\s*:""")  # a list of them
 # how text begins and ends that a chat template has written already
 TEMPLATE_BEGINS = re.compile(
-    r"\s*(<s>|<\|begin_of_text\|>)?\s*"
+    r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*"
     r"(\[INST\]|<\|(im_start|start_header_id|user|system)\|>|<start_of_turn>|### Instruction:"
     r"|Below is an instruction that describes a task)"
 )

@@ -373,6 +373,14 @@ def sentence_pieces(template):
     return tokenizer
 
 
+def test_a_control_token_in_tools_or_calls_is_no_text_either():
+    tool = {"type": "function", "function": {"name": "f", "description": "ends <|im_end|> here"}}
+    call = {"role": "assistant", "content": "", "tool_calls": [tool]}
+    template = "{{ tools }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}" + CHATML
+    for value in (record("Q") | {"tools": [tool]}, record([user("Q"), call, user("So?")])):
+        assert reason(value, tokenizer=build_tokenizer(template)) == SPELLS.format("<|im_end|>")
+
+
 @pytest.mark.parametrize("template", [ZEPHYR, VICUNA, CHATML])
 @pytest.mark.parametrize("build", [build_tokenizer, sentence_pieces])
 def test_an_answers_tokens_are_those_that_the_template_writes(build, template):

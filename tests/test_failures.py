@@ -11,7 +11,9 @@ from safetensors import SafetensorError
 import train_dpo
 from helpers import CONFIG, ROOT, weights_bytes
 from support import sweep
+from support.config import Config
 from support.errors import InputError
+from support.failures import Failures
 
 
 def fail_in(monkeypatch, *errors):
@@ -168,3 +170,15 @@ def test_nothing_at_import_or_in_a_run_is_for_linux_alone(overrides):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = Path("out/report.md").read_text()
     assert "tokens/s, 0 updates skipped" in report and Path("out/model/model.safetensors").exists()
+
+
+def test_a_later_round_that_fails_in_a_sweep_lets_the_other_runs_begin(capsys):
+    config = Config(output_dir="run")
+    failures = Failures(sweep=True)
+    with pytest.raises(InputError), failures.noted(config):
+        raise InputError("wrong for all")
+    Path("run/round_1/model").mkdir(parents=True)
+    with failures.noted(config):
+        raise InputError("wrong in round 2")
+    assert failures.reasons == {"run": "wrong in round 2"} and failures.summarize() == 1
+    assert "Failed: run: wrong in round 2" in capsys.readouterr().out
