@@ -23,7 +23,7 @@ from support.errors import InputError, first_line, shorten
 from support.processes import WORLD, say
 from support.shapes import accepted_columns, read_preference
 from support.sources import MissingSplit, Sets, open_source, read_records, split_names
-from support.template import compare_template, left_out_of
+from support.template import compare_template, dated_template, left_out_of, tell_day
 from support.turns import Drop, drop_if
 
 HELD_OUT = "its prompt is held out for evaluation"
@@ -142,6 +142,9 @@ def _say_what_is_odd(pairs, encoder, records):
     warning = compare_template(encoder, first.messages, first.chosen)
     if warning:
         say(f"!!! {warning} !!!")
+    day = tell_day(encoder.tokenizer)
+    if day:
+        say(day)
 
 
 def _count_both_ways(pairs):
@@ -322,7 +325,12 @@ class PairEncoder:
         """The chat template's text; of a base model, which has none, the turns' text alone."""
         if not self.tokenizer.chat_template:
             return "\n\n".join(message["content"] for message in messages)
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=dated_template(self.tokenizer, options.get("tools")),
+            **options,
+        )
 
     def _render_prompt(self, messages, tools):
         """The text that an answer follows; tools are functions for it to describe, or None."""

@@ -157,9 +157,8 @@ def _check_origin(folder, metadata, origin):
     if changed:
         raise InputError(
             f"{folder.parent}: the {' and the '.join(changed)} changed since this run began "
-            "(files that were edited or replaced, a branch of the Hub that moved on, or the date "
-            "in the prompts, where the chat template writes it). Put them back, give another "
-            "output_dir, or train anew with --overwrite"
+            "(files that were edited or replaced, or a branch of the Hub that moved on). Put them "
+            "back, give another output_dir, or train anew with --overwrite"
         )
 
 

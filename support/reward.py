@@ -21,6 +21,7 @@ from support.processes import WORLD, fail_together, is_first, say, sum_over_proc
 from support.sampler import Told
 from support.shapes import read_preference
 from support.sources import announce_download, note_commit, open_source
+from support.template import dated_template
 
 BOOLS = ("bool", "torch.bool")  # dtypes of a scalar of numpy or torch
 AT_ONCE = 8  # texts that a reward model reads together
@@ -261,7 +262,8 @@ def _encode(tokenizer, messages, answer):
     """The token ids of a conversation as a reward model reads it."""
     if tokenizer.chat_template:
         turns = [*messages, {"role": "assistant", "content": answer}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        template = dated_template(tokenizer)
+        text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template)
         return tokenizer(text, add_special_tokens=False, truncation=True)
     prompt = "\n\n".join(message["content"] for message in messages)
     return tokenizer(prompt, answer, truncation="longest_first")

@@ -1,7 +1,12 @@
-"""Whether a model is trained on the text that its chat template writes."""
+"""What text a chat template writes, and whether a model is trained on it."""
 
 import os
+import re
+from datetime import date
 
+# today, wherever a template asks for it: else a run could not go on, or be repeated, tomorrow
+DAY = date(2025, 1, 1)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
 QUESTION = [{"role": "user", "content": "question"}]
 ANSWER = "ANSWER"
 
@@ -51,6 +56,22 @@ def compare_template(encoder, messages, answer):
             "chat_template if that is not meant"
         )
     return None
+
+
+def dated_template(tokenizer, tools=None):
+    """A tokenizer's chat template, with DAY where it would write the day on which it is used."""
+    template = tokenizer.get_chat_template(tools=tools)
+    return CLOCK.sub(lambda call: repr(DAY.strftime(call["format"])), template)
+
+
+def tell_day(tokenizer):
+    """What day the prompts have, in words; None where the chat template writes none."""
+    if not tokenizer.chat_template or not CLOCK.search(tokenizer.get_chat_template()):
+        return None
+    return (
+        f"the chat template writes the date: {DAY:%d %b %Y} in all prompts, so that a run can be "
+        "resumed and repeated on another day; the saved model keeps the template as it is"
+    )
 
 
 def left_out_of(render, preference, rendered):

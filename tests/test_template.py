@@ -1,6 +1,10 @@
-"""What is said of a chat template that writes another text than is trained on."""
+"""The text that a chat template writes, and what is said where another is trained on."""
+
+import copy
+import datetime
 
 import pytest
+import transformers.utils.chat_template_utils
 
 import data
 from helpers import (
@@ -10,9 +14,12 @@ from helpers import (
     data_config,
     encoder,
     many,
+    record,
+    text,
     user,
     write_jsonl,
 )
+from support.reward import _encode
 from support.template import compare_template
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -86,3 +93,49 @@ def test_a_base_model_is_told_what_to_do_about_it():
 def test_a_template_that_leaves_out_the_question_is_named():
     said = warning(CHATML.replace("{{ m.content }}", "{% if loop.last %}{% endif %}"))
     assert said.startswith("The chat template leaves out what the user says")
+
+
+@pytest.fixture
+def another_day(monkeypatch):
+    """The clock of chat templates, set to 30 March 2031."""
+
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls, *arguments):
+            return cls(2031, 3, 30)
+
+    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Clock)
+
+
+# Llama 3.2's form, SmolLM3's, gpt-oss's, Granite's
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        ('strftime_now("%d %b %Y")', "01 Jan 2025"),
+        ('strftime_now("%d %B %Y")', "01 January 2025"),
+        ("strftime_now( '%Y-%m-%d' )", "2025-01-01"),
+        ("strftime_now('%B %d, %Y')", "January 01, 2025"),
+    ],
+)
+def test_a_template_that_asks_for_the_date_gets_one_that_does_not_change(
+    call, written, another_day
+):
+    dated = "{% if strftime_now is defined %}On {{ " + call + " }}: {% endif %}"
+    tokenizer = copy.deepcopy(build_tokenizer(CHATML))
+    tokenizer.chat_template = {"default": dated + CHATML, "tool_use": dated + "tools" + CHATML}
+    tool = {"type": "function", "function": {"name": "f", "description": "f"}}
+    prompt_ids = encoder(tokenizer).encode(record("Q")).prompt_ids
+    assert text(prompt_ids).startswith(f"On {written}: <|im_start|>")
+    assert encoder(tokenizer).render([user("Q")], tools=[tool]).startswith(f"On {written}: tools")
+    scored = _encode(tokenizer, [user("Q")], "good")["input_ids"]
+    assert text(scored).startswith(f"On {written}: <|im_start|>")
+    own = tokenizer.apply_chat_template([user("Q")], tokenize=False)
+    assert "2031" in own
+
+
+def test_a_run_tells_the_date_that_its_prompts_have(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", many(3))
+    dated = "{{ strftime_now('%Y') }}" + CHATML
+    for template, told in ((dated, True), (CHATML, False), (None, False)):
+        data.load_pairs(data_config(path), build_tokenizer(template))
+        assert ("writes the date: 01 Jan 2025" in capsys.readouterr().out) == told
