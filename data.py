@@ -1,7 +1,7 @@
-"""Any preference set in; token ids, rows and optimizer steps out. Knows the tokenizer alone.
+"""Any preference set in; token ids, rows and optimizer steps out. Of the model: its tokenizer.
 
-load_records -> read_preference -> PairEncoder.encode -> select_pairs -> group_into_steps
--> make_row, where the row is used
+load_records -> read_preference -> PairEncoder.encode -> select_pairs -> lay_out, in each step's
+rows -> make_row, where the row is used
 
 How files and the Hub are read is in support/sources.py, what columns mean in support/shapes.py.
 """
@@ -149,14 +149,14 @@ def _say_what_is_odd(pairs, encoder, records):
 
 def _count_both_ways(pairs):
     """How many pairs have a twin whose chosen answer is their rejected one, and the reverse."""
-    seen = set()
+    own = []
     turned = set()
     for pair in pairs:
         # hashes of 8 bytes, for a large set's texts would all be held a second time
         answers = (bytes(array("i", pair.chosen_ids)), bytes(array("i", pair.rejected_ids)))
-        seen.add(hash((pair.prompt, *answers)))
+        own.append(hash((pair.prompt, *answers)))
         turned.add(hash((pair.prompt, *answers[::-1])))
-    return len(seen & turned)
+    return sum(pair in turned for pair in own)
 
 
 def _evaluation_records(config, records, order):
@@ -168,7 +168,9 @@ def _evaluation_records(config, records, order):
     if config.eval_dataset or config.eval_split:
         own_split = not config.eval_dataset
         source = config.eval_dataset or config.dataset
-        found = load_records(source, config.eval_split, config.offline, evaluation=own_split)
+        found = load_records(
+            source, config.eval_split, config.offline, evaluation=own_split, setting="eval_split"
+        )
         if len(found) or not own_split:
             eval_order = visiting_order(len(found), config.shuffle, config.seed)
             return found, eval_order, config.eval_pairs
@@ -199,13 +201,15 @@ def _no_usable_pair(source, records, drops, columns):
     return InputError("\n".join(lines))
 
 
-def load_records(source, split, stand_ins, evaluation=False):
+def load_records(source, split, stand_ins, evaluation=False, setting="split"):
     """Records of one or several sets: "name", "name:split" or "a:split, b:split".
 
     split       the split of every name that gives none
     stand_ins   as in open_source
     evaluation  take `split` of every name that has it, once, and skip the others
+    setting     where `split` is from
     returns     Sets, or nothing where no name has the split
+    raises      InputError, with what to choose a split by
     """
     sets = {}
     for name, own_split in split_names(source):
@@ -219,9 +223,13 @@ def load_records(source, split, stand_ins, evaluation=False):
         read = partial(read_records, split=wanted, required=must_have_it)
         try:
             sets[label] = open_source(name, "dataset", stand_ins, read)
-        except MissingSplit:
-            if not evaluation:
+        except MissingSplit as missing:
+            if evaluation:
+                continue
+            if not missing.has_others:
                 raise
+            choice = f"{name}:NAME" if own_split else f"{setting}=NAME"
+            raise InputError(f"{missing}. Choose with {choice}") from missing
     return Sets(sets) if sets else []
 
 

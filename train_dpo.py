@@ -16,8 +16,7 @@ The method first, then what it needs:
     run_rounds    iterative DPO: sample answers, score them, train on better against worse, again
     finish        report.md, curves.png, model/ (support/report.py)
 
-The top level is what you read to understand or change DPO; support/ keeps a run safe and reports
-it.
+To understand or change DPO read the top level; support/ keeps a run safe and reports it.
 """
 
 import itertools
@@ -87,11 +86,11 @@ class Setup:
     end_of_turn: int  # id of the token that ends an answer
     samples: list[data.Pair]  # those whose prompts the report shows answers to
     weights: dict[str, torch.Tensor] | None = None  # trained float32 master weights: place_weights
-    peak_share: float = 0.0  # of the machine's peak, that one trained token a second takes (MFU)
+    peak_share: float = 0.0  # of the machine's peak, by each trained token a second (MFU)
     reference: dict[str, torch.Tensor] | None = None  # (pairs, 2) log-probabilities in nats
     start: torch.Tensor | None = None  # the policy's own of "eval" before its first step
     reference_seconds: float = 0.0  # how long these two took
-    first: "AnswerLogps | None" = None  # kl_model, where sampled answers are compared with it
+    first: "AnswerLogps | None" = None  # kl_model; None where no answers are sampled and scored
     answers: list[str] | None = None  # before training, to the samples' prompts
 
     @property
@@ -278,10 +277,10 @@ def train_step(setup, config, rows, optimizer, lr):
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens,
              and `skipped`, the records of a step that was
     """
-    indices = list(itertools.chain.from_iterable(rows))
+    positions = list(itertools.chain.from_iterable(rows))
     reference = setup.reference["train"]
     lengths = setup.lengths["train"]
-    logps = torch.zeros(len(indices), 2, device=config.device)
+    logps = torch.zeros(len(positions), 2, device=config.device)
     setup.model.train()
     for members, share in processes.share_rows(rows):
         row = setup.make_row("train", members)
@@ -289,18 +288,19 @@ def train_step(setup, config, rows, optimizer, lr):
         row_logps = row_logps.view(-1, 2)  # chosen, rejected
         losses, _ = score(row_logps, reference[members], lengths[members], config)
         # the mean over the step's pairs; FSDP2 averages gradients over processes
-        (losses.sum() * (share * processes.WORLD / len(indices))).backward()
-        places = [indices.index(index) for index in members]
-        logps[places] += share * row_logps.detach()
+        (losses.sum() * (share * processes.WORLD / len(positions))).backward()
+        in_step = [positions.index(position) for position in members]
+        logps[in_step] += share * row_logps.detach()
     setup.model.eval()  # train mode is for activation checkpointing and lora_dropout alone
 
     norm = nn.utils.clip_grad_norm_(setup.weights.values(), config.max_grad_norm or math.inf)
     logps = processes.sum_over_processes(logps)
-    _, metrics = score(logps, reference[indices], lengths[indices], config)
+    # figures of the whole step: the losses above were a row's, and this process's alone
+    _, metrics = score(logps, reference[positions], lengths[positions], config)
     figures = summarize(metrics)
     figures["grad_norm"] = processes.whole(norm).item()
     figures["lr"] = lr
-    figures["tokens"] = sum(setup.pairs["train"][index].tokens for index in indices)
+    figures["tokens"] = sum(setup.pairs["train"][position].tokens for position in positions)
 
     # one bad step would leave nan in weights and moments for good
     if math.isfinite(figures["grad_norm"]) and math.isfinite(figures["loss"]):
@@ -308,7 +308,7 @@ def train_step(setup, config, rows, optimizer, lr):
             group["lr"] = lr
         optimizer.step()
     else:
-        figures["skipped"] = [setup.pairs["train"][index].index for index in indices]
+        figures["skipped"] = [setup.pairs["train"][position].index for position in positions]
     optimizer.zero_grad()
     round_weights(setup.policy, setup.weights)
     return figures
@@ -322,9 +322,9 @@ def evaluate(setup, config, log, step):
     _, metrics = score(logps, reference, lengths, config)
     figures = summarize(metrics, before)
     if setup.first is not None:
-        found = samples.measure(setup, config, log.folder, step, data.lay_out, compute_logps)
-        *by_prompt, together = found
-        figures |= summarize(*by_prompt) | together
+        measured = samples.measure(setup, config, log.folder, step, data.lay_out, compute_logps)
+        after, earlier, of_all = measured
+        figures |= summarize(after, earlier) | of_all
     if config.keep == "best":  # before the row, so that no row is without its weights
         losses = log.losses | {step: figures["loss"]}
         keep_best(log.folder / "checkpoints", setup.weights, step, losses)
@@ -464,7 +464,7 @@ def reference_logps(setup, config, splits=("train", "eval")):
 
 
 def other_reference(setup, config):
-    """The same under reference_model, which is loaded for it, and freed before training."""
+    """reference_logps of reference_model, which is loaded for it, and freed before training."""
     policy = other_policy(setup, config, "reference_model")
     origin = {"model": setup.origin["reference model"]}
     policy.model.requires_grad_(config.lora_r == 0)  # its weights are the policy's, to be evaluated

@@ -14,7 +14,8 @@ from support.processes import say
 ROOT = Path(__file__).parent.parent
 # what computes a log-probability: after a change its last digits may be others
 CODE = [ROOT / "train_dpo.py", ROOT / "dpo_loss.py", ROOT / "data.py"]
-CODE += [ROOT / "support" / "attention.py", ROOT / "support" / "four_bit.py"]
+for room in ("attention", "four_bit", "model"):
+    CODE.append(ROOT / "support" / f"{room}.py")
 
 
 def read_or_compute(title, folder, depends_on, compute):

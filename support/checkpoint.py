@@ -34,8 +34,8 @@ from support.run_log import best_step
 from support.sources import stand_ins_used
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
-ANSWERS = "answers.jsonl"  # that a round of support/rounds.py has sampled
-PAIRS = "pairs.jsonl"  # that it made of them, and trains on
+ANSWERS_FILE = "answers.jsonl"  # that a round of support/rounds.py has sampled
+PAIRS_FILE = "pairs.jsonl"  # that it made of them, and trains on
 KEPT_CHECKPOINTS = 2  # the one before is for when the newest is damaged
 
 
@@ -305,7 +305,7 @@ def _prepare_folder(folder, config, overwrite):
     if overwrite:
         for name in ("checkpoints", "model.tmp"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (ANSWERS, PAIRS):
+        for name in (ANSWERS_FILE, PAIRS_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / "model").exists():
             os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished

@@ -70,6 +70,8 @@ def check_causal(model, pair, tolerance=1e-4):
 def tell_first_loss(config):
     """Say so where the first loss is not the one by which a run is known as right."""
     reasons = []
+    if config.loss != "sigmoid":
+        reasons.append(f"at a margin of 0 the loss {config.loss} is another")
     if config.nll_weight:
         reasons.append("nll_weight adds the chosen answers' negative log-likelihood (nll/chosen)")
     if config.reference_model:

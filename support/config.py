@@ -32,7 +32,7 @@ SERVE_ANOTHER = {
         "reward=file.py:function scores sampled answers",
     ),
 }
-# Settings that decide how a run is watched and which of its weights are saved, not what they are.
+# Settings on which no trained weight depends: these alone may change where a run goes on.
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
 MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {

@@ -1,8 +1,10 @@
 """Files that are whole whatever happens: written beside their place, flushed, then renamed."""
 
 import hashlib
+import inspect
 import json
 import os
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -51,14 +53,19 @@ def digest_tensors(tensors):
 def digest_model(model):
     """sha256 of a transformers model's weights, and of what its config.json makes of them.
 
-    Where it is from, in what dtype, and who wrote it, is no part of it.
+    Code that comes with the model is part of it. Where it is from, in what dtype, and who wrote it,
+    is not.
     """
     shape = {}
     for name, value in model.config.to_dict().items():
         if name not in ABOUT_A_FILE and not name.startswith("_"):
             shape[name] = value
     digest = digest_tensors(model.state_dict())
-    text = json.dumps([digest, shape], sort_keys=True, default=str)
+    parts = [digest, shape]
+    if type(model).__module__.startswith("transformers_modules."):  # trust_remote_code
+        for path in sorted(Path(inspect.getfile(type(model))).parent.glob("*.py")):
+            parts.append(path.read_text(encoding="utf-8"))
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -288,11 +288,12 @@ def place_weights(policy, config):
     device = config.device if WORLD == 1 else "cpu"  # FSDP2 moves and shards layer by layer
     weights = {}
     for name, parameter in model.named_parameters():
-        rounded = parameter.data.to(device, dtype)
+        placed = parameter.data.to(device)
+        rounded = placed.to(dtype)
         if not parameter.requires_grad:
             parameter.data = rounded
             continue
-        weight = nn.Parameter(_master_weight(parameter.data.to(device), rounded))
+        weight = nn.Parameter(_master_weight(placed, rounded))
         computes_in_float32 = WORLD > 1 or config.lora_r > 0
         parameter.data = weight.data if computes_in_float32 else rounded
         if WORLD == 1:

@@ -45,7 +45,14 @@ SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
 class MissingSplit(InputError):
-    """The data set has no split of this name."""
+    """The data set has no split of this name.
+
+    has_others  whether it has splits of other names, of which one could be chosen
+    """
+
+    def __init__(self, message, has_others=True):
+        super().__init__(message)
+        self.has_others = has_others
 
 
 def ending(path):
@@ -113,9 +120,7 @@ def read_folder(path, split, required):
         return select_split([found["train"]], path, split, required)
     wanted = split or "train"
     if wanted not in found:
-        raise MissingSplit(
-            f"{path} has no split {wanted}, only: {', '.join(found)}. Choose with split=NAME"
-        )
+        raise MissingSplit(f"{path} has no split {wanted}, only: {', '.join(found)}")
     return found[wanted]
 
 
@@ -199,7 +204,8 @@ def select_split(parts, name, split, required):
     if not known:
         raise MissingSplit(
             f"{name} has no column split, which would tell what belongs to split {split}. To read "
-            f"all rows give the name alone: {name}"
+            f"all rows give the name alone: {name}",
+            has_others=False,
         )
     if split not in known:
         raise MissingSplit(f"{name} has no split {split}, only: {', '.join(sorted(known))}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from support.checkpoint import ANSWERS, PAIRS, check_noted, claim, is_finished
+from support.checkpoint import ANSWERS_FILE, PAIRS_FILE, check_noted, claim, is_finished
 from support.errors import InputError
 from support.files import write_atomically, write_records, write_text
 from support.intervals import mean_half_width
@@ -38,7 +38,7 @@ from support.samples import (
 from support.shapes import read_preference
 from support.verdict import ENOUGH_PAIRS, markdown
 
-HELD_OUT = "held_out.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 NEAR = 0.2  # of the longer answer: lengths that differ by less than this more are about as near
 FEW = 0.1  # of a round's prompts: fewer that give a pair are worth a warning
 PANELS = {  # of rounds.png, each with its title
@@ -79,9 +79,9 @@ def config_of(config, number):
         model=model,
         reference_model=reference,
         kl_model=first,
-        dataset=str(folder_of(config, number) / PAIRS),
+        dataset=str(folder_of(config, number) / PAIRS_FILE),
         split=None,
-        eval_dataset=str(Path(config.output_dir) / HELD_OUT) if config.eval_pairs else None,
+        eval_dataset=str(Path(config.output_dir) / HELD_OUT_FILE) if config.eval_pairs else None,
         eval_split=None,
         columns=None,
         train_pairs=0,
@@ -92,7 +92,7 @@ def config_of(config, number):
 def begin_anew(config):
     """Remove what all rounds have left, the last first: a later one would pass for this run's.
 
-    raises   InputError, as is_finished and claim do
+    raises   InputError, as check_noted and claim do
     """
     last = config.rounds
     while folder_of(config, last + 1).exists():
@@ -100,11 +100,12 @@ def begin_anew(config):
     for number in range(last, 0, -1):
         folder = folder_of(config, number)
         one = config_of(config, number)
-        if folder.exists() and not is_finished(folder, one, overwrite=True):
+        if folder.exists():
+            check_noted(folder, one, overwrite=True)
             with claim(folder, one, overwrite=True):
                 pass
     if is_first():
-        (Path(config.output_dir) / HELD_OUT).unlink(missing_ok=True)
+        (Path(config.output_dir) / HELD_OUT_FILE).unlink(missing_ok=True)
 
 
 def lacks_pairs(config, number, overwrite):
@@ -116,7 +117,7 @@ def lacks_pairs(config, number, overwrite):
     check_noted(Path(config.output_dir), config, overwrite)
     folder = folder_of(config, number)
     finished = is_finished(folder, config_of(config, number), overwrite)
-    return overwrite or not (finished or (folder / PAIRS).exists())
+    return overwrite or not (finished or (folder / PAIRS_FILE).exists())
 
 
 def config_to_sample(config, number):
@@ -137,18 +138,18 @@ def make_pairs(setup, config, number):
         _write_held_out(setup.pairs["eval"], config)
     prompts = _prompts_of_round(setup.pairs["train"], config, number)
     try_reward(config, prompts[:1])
-    rows = _sample(setup, config, prompts, folder / ANSWERS, f"{config.seed} round {number}")
+    rows = _sample(setup, config, prompts, folder / ANSWERS_FILE, f"{config.seed} round {number}")
     rewards = score_answers(config, prompts, rows)
-    _note_rewards(folder / ANSWERS, setup.origin, prompts, rows, rewards)
+    _note_rewards(folder / ANSWERS_FILE, setup.origin, prompts, rows, rewards)
     pairs = _couple_all(prompts, rows, rewards, config)
     _tell(number, rows, rewards, len(pairs))
     if not pairs:
         raise InputError(
             f"round {number}: no prompt has two answers that ended and that the reward tells "
-            f"apart, of {len(prompts)} prompts. Look at {folder / ANSWERS}; a larger "
+            f"apart, of {len(prompts)} prompts. Look at {folder / ANSWERS_FILE}; a larger "
             "samples_per_prompt, train_pairs or max_new_tokens, or another reward may help"
         )
-    write_records(folder / PAIRS, pairs)
+    write_records(folder / PAIRS_FILE, pairs)
     wait_for_all()
 
 
@@ -167,7 +168,7 @@ def _write_held_out(pairs, config):
             )
         row = _in_own_shape(preference, preference.chosen, preference.rejected)
         rows.append(row | {ORIGINAL: pair.record})
-    path = Path(config.output_dir) / HELD_OUT
+    path = Path(config.output_dir) / HELD_OUT_FILE
     before = json.dumps(read_rows(path))
     if before not in ("[]", json.dumps(rows, default=str)):
         raise InputError(
@@ -363,7 +364,7 @@ def summarize(config, last):
             rows.append(evaluations[0])
             table.append(["start", "", *_figures(rows[0]), ""])
         rows.append(evaluations[-1])
-        pairs = len(read_rows(folder / PAIRS))
+        pairs = len(read_rows(folder / PAIRS_FILE))
         table.append([number, pairs, *_figures(rows[-1]), _gain(config, number, rows[-1]["step"])])
     _draw(rows, Path(config.output_dir) / "rounds.png")
     header = ["after round", "pairs", *LABELS.values(), "reward since the start, paired"]

@@ -226,7 +226,7 @@ def _read_hub_set(name, split):
         )
     except ValueError as error:
         if "Unknown split" in str(error):
-            raise MissingSplit(f"{name}: {error} Choose with split=NAME") from error
+            raise MissingSplit(f"{name}: {str(error).rstrip('.')}") from error
         raise
     # `datasets` keeps what it read of the Hub in a folder named by the commit
     for file in records.cache_files:

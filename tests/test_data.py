@@ -35,7 +35,7 @@ from helpers import (
 )
 from support.errors import InputError
 from support.shapes import read_preference
-from support.sources import MissingSplit, read_records
+from support.sources import read_records
 from support.turns import Drop
 
 SPELLS = "spells the control token {}: plain text is wanted"
@@ -522,8 +522,15 @@ def test_a_split_column_selects_training_and_evaluation_rows(tmp_path):
     assert {json.loads(p.prompt)[0]["content"][0] for p in train} == {"Q"}
     assert (len(train), len(evaluation)) == (7, 5)
     assert drops["train"] == {"its prompt is held out for evaluation": 1}
-    with pytest.raises(MissingSplit, match="no split other, only: test_prefs, train_prefs"):
-        data.load_pairs(data_config(path, split="other"), build_tokenizer())
+    only = "no split other, only: test_prefs, train_prefs. Choose with "
+    asked = {
+        "split=NAME": {"split": "other"},
+        "eval_split=NAME": {"eval_dataset": path, "eval_split": "other", "eval_pairs": 9},
+        f"{path}:NAME": {"dataset": f"{path}:other"},
+    }
+    for choice, changes in asked.items():
+        with pytest.raises(InputError, match=only + choice):
+            data.load_pairs(data_config(**{"dataset": path} | changes), build_tokenizer())
 
 
 def test_a_held_out_prompt_is_known_in_other_writing_that_the_template_makes_the_same(tmp_path):

@@ -237,7 +237,7 @@ def test_a_split_that_is_not_there_is_answered_with_those_that_are(run):
     code, printed = run(dataset="org/set:nope")
     assert code == 2
     assert "Unknown split" in printed
-    assert "['train_prefs', 'test_prefs']. Choose with split=NAME" in printed
+    assert "['train_prefs', 'test_prefs']. Choose with org/set:NAME" in printed
 
 
 @pytest.mark.parametrize(

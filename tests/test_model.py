@@ -36,7 +36,8 @@ from helpers import (
 )
 from support import report, sources
 from support.config import Config, read_config
-from support.model import load_model
+from support.files import digest_model
+from support.model import load_model, place_weights
 from train_dpo import AnswerLogps
 
 # Loading
@@ -58,7 +59,38 @@ def test_dropout_is_off_in_train_mode(tmp_path):
             assert torch.equal(policy(make_row(PAIRS, [0])), policy(make_row(PAIRS, [0])))
 
 
+def test_code_that_comes_with_a_model_is_part_of_its_digest(tmp_path, monkeypatch):
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", cache)
+    monkeypatch.syspath_prepend(cache)
+    folder = Path(write_model(tmp_path / "own"))
+    about = json.loads((folder / "config.json").read_text())
+    about["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps(about))
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n"
+    digests = []
+    for body in ("pass", "pass", "scale = 2"):
+        (folder / "modeling_own.py").write_text(f"{code}    {body}\n")
+        model, _ = load_model(Config(model=str(folder), trust_remote_code=True))
+        assert type(model).__name__ == "Own"
+        digests.append(digest_model(model))
+    assert digests[0] == digests[1] != digests[2]
+
+
 # The precision of weights
+
+
+def test_in_float32_a_weight_takes_memory_once_on_any_device(ready, monkeypatch):
+    setup, config = ready(dtype="float32")
+    policy = AnswerLogps(copy.deepcopy(setup.model))
+    to = torch.Tensor.to
+    # as on a GPU, to which each move is a copy
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda t, *a: to(t, *a).clone() if a[0] == "cpu" else to(t, *a)
+    )
+    weights = place_weights(policy, config)
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.data_ptr() == weights[name].data_ptr()
 
 
 def decoder_matrices(weights):

@@ -937,14 +937,15 @@ def test_pairs_in_both_directions_and_repeated_prompts_are_counted_and_said(tmp_
     rows = [
         record(Q, GOOD, BAD),
         record(Q, BAD, GOOD),
+        record(Q, BAD, GOOD),
         record(Q, GOOD, FAIR),
         record(asked, f"{asked} {GOOD}", f"{asked} {BAD}"),
     ]
     train, _, _ = load_pairs(data_config(write_jsonl(tmp_path / "a.jsonl", rows)))
-    assert len(train) == 4
+    assert len(train) == 5
     said = capsys.readouterr().out
-    assert "!!! 2 train pairs stand in the set the other way round too; used as is !!!" in said
-    assert "!!! 1 of 4 train pairs repeat the prompt at the beginning of both answers" in said
+    assert "!!! 3 train pairs stand in the set the other way round too; used as is !!!" in said
+    assert "!!! 1 of 5 train pairs repeat the prompt at the beginning of both answers" in said
 
 
 def test_a_pair_keeps_its_shape_and_the_columns_that_were_not_used():

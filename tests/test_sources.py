@@ -338,7 +338,7 @@ def test_a_hub_set_without_the_evaluation_split_is_held_out_from(hub_cache):
         data_config("org/set", eval_split="validation", eval_pairs=50)
     )
     assert (len(train), len(evaluation)) == (8, 2)
-    with pytest.raises(MissingSplit, match="org/set: Unknown split .*train_prefs"):
+    with pytest.raises(InputError, match="org/set: Unknown split .*train_prefs"):
         data.load_pairs(data_config("org/set", split="train"), build_tokenizer())
 
 
@@ -497,7 +497,7 @@ def test_a_split_is_selected_over_all_files_of_a_pattern(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [record("C", split="train")])
     found = data.load_records("*.jsonl", "train", {})
     assert [r["prompt"] for r in found] == ["A", "C"]
-    with pytest.raises(MissingSplit, match="has no split nope, only: test, train"):
+    with pytest.raises(InputError, match="has no split nope, only: test, train"):
         data.load_records("*.jsonl", "nope", {})
 
 
@@ -547,7 +547,7 @@ def test_a_folder_that_datasets_saved_is_read(saved):
     assert len(data.load_records(one, None, {})) == 4
     assert list(data.load_records(parts, None, {})) == many(3)
     assert list(data.load_records(f"{parts}:test", "train", {})) == many(2)
-    with pytest.raises(MissingSplit, match="has no split nope, only: train, test. Choose with"):
+    with pytest.raises(InputError, match="no split nope, only: train, test. Choose with split="):
         data.load_records(parts, "nope", {})
 
 

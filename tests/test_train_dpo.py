@@ -260,6 +260,15 @@ def test_nll_weight_adds_the_chosen_answers_mean_negative_log_likelihood(loss):
     assert figures["nll/chosen"].tolist() == [3, 3] and not figures["nll/chosen"].requires_grad
 
 
+@pytest.mark.parametrize(("loss", "first"), [("ipo", 25.0), ("hinge", 1.0), ("sigmoid", None)])
+def test_the_first_loss_of_ipo_and_hinge_is_another_and_that_is_said(dpo, capsys, loss, first):
+    assert dpo(loss=loss, train_pairs=2, eval_pairs=0) == 0
+    told = f"not ln 2: at a margin of 0 the loss {loss} is another" in capsys.readouterr().out
+    assert told == (loss != "sigmoid")
+    expected = math.log(2) if first is None else first
+    assert read_metrics(split="train")[0]["loss"] == pytest.approx(expected)
+
+
 def test_the_first_loss_with_nll_weight_is_ln_2_and_its_part_and_that_is_said(dpo, capsys):
     assert dpo(nll_weight=[0.0, 0.2], output_dir="s/{nll_weight}") == 0
     assert capsys.readouterr().out.count("The first loss is not ln 2: nll_weight") == 1
