@@ -146,13 +146,13 @@ def run(configs, varied, options):
             if config.rounds and not options.dry_run:
                 setup = prepared_for = None
                 forget_sources()
-                run_rounds(config, options)
+                run_rounds(config, configs, options)
                 continue
             if not options.dry_run and is_finished(folder, config, options.overwrite):
                 leave_finished(folder)
                 continue
             if not shares_setup(config, prepared_for):
-                setup = None  # frees the old model before the next one loads
+                setup = prepared_for = None  # frees the old model before the next one loads
                 if varied:
                     forget_sources()
                 setup = prepare(config, options.dry_run)
@@ -162,7 +162,8 @@ def run(configs, varied, options):
                 prepared_for = config
                 continue
             prepared_for = None  # a run that fails in the middle leaves its setup to no other
-            with claim(folder, config, options.overwrite), processes.finish_step_first():
+            rounds.begin_anew_once(configs, options)
+            with claim(folder, config), processes.finish_step_first():
                 # every run of a sweep starts from the same weights
                 for name, weight in initial.items():
                     setup.weights[name].data.copy_(weight)
@@ -174,27 +175,24 @@ def run(configs, varied, options):
     return failures.summarize()
 
 
-def run_rounds(config, options):
+def run_rounds(config, configs, options):
     """Iterative DPO: rounds of runs, each on the model's own answers to prompts.
 
     In each the model as it is answers, a reward tells which of its answers are better, and it is
-    trained on these against the worse (support/rounds.py).
+    trained on these against the worse (support/rounds.py). All runs of the sweep have `configs`.
     """
-    overwrite = options.overwrite
     for number in range(1, config.rounds + 1):
         processes.stop_if_signalled()
         one = rounds.config_of(config, number)
         setup = None
-        if rounds.lacks_pairs(config, number, overwrite):
+        if rounds.lacks_pairs(config, number, options.overwrite):
             setup = load(rounds.config_to_sample(config, number))
             setup.model.requires_grad_(False)
             place_weights(setup.policy, config)
-        with claim(Path(config.output_dir), config, overwrite):
-            if overwrite:
-                rounds.begin_anew(config)
-                overwrite = False
+        rounds.begin_anew_once(configs, options)
+        with claim(Path(config.output_dir), config):
             if setup is not None:
-                with claim(Path(one.output_dir), one, overwrite=False):
+                with claim(Path(one.output_dir), one):
                     rounds.make_pairs(setup, config, number)
                 setup = None  # frees the model before it is loaded to be trained
             run([one], [], SimpleNamespace(dry_run=False, overwrite=False))

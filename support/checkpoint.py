@@ -275,7 +275,7 @@ def _read_noted(path):
 
 
 @contextlib.contextmanager
-def claim(folder, config, overwrite):
+def claim(folder, config, overwrite=False):
     """Hold the lock on a run's folder, with its settings noted there, while the run lasts.
 
     A dead process does not keep the lock. Several processes all wait for the first one's.

@@ -89,11 +89,26 @@ def config_of(config, number):
     )
 
 
-def begin_anew(config):
-    """Remove what all rounds have left, the last first: a later one would pass for this run's.
+def begin_anew_once(configs, options):
+    """Before a sweep's first run trains: with --overwrite, remove what earlier ones have left.
 
+    If the sweep is then stopped, and goes on without --overwrite, no old run passes for its own.
+
+    options  the command line's, of which `overwrite` becomes False
     raises   InputError, as check_noted and claim do
     """
+    if not options.overwrite:
+        return
+    options.overwrite = False
+    for config in configs:
+        check_noted(Path(config.output_dir), config, overwrite=True)
+    for config in configs:
+        with claim(Path(config.output_dir), config, overwrite=True):
+            _remove_rounds(config)
+
+
+def _remove_rounds(config):
+    """Remove what rounds have left, the last first: a later one would pass for this run's."""
     last = config.rounds
     while folder_of(config, last + 1).exists():
         last += 1

@@ -848,9 +848,9 @@ def test_overwrite_trains_a_finished_run_anew(dpo):
 
 def test_a_run_cannot_start_where_another_is_training(dpo, overrides, capsys):
     (config,), _ = read_config(CONFIG, overrides(train_pairs=2, eval_pairs=0))
-    with claim(Path("out"), config, False):
+    with claim(Path("out"), config):
         assert dpo(train_pairs=2, eval_pairs=0) == 2
-    with claim(Path("out"), config, False):
+    with claim(Path("out"), config):
         pass  # the lock is free again
     assert "another process is training in out" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """A run that fails: what the user is told to do, and the other runs of its sweep."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors import SafetensorError
 
 import train_dpo
 from helpers import CONFIG, ROOT, weights_bytes
-from support import sweep
+from support import processes, sweep
 from support.config import Config
 from support.errors import InputError
 from support.failures import Failures
@@ -72,6 +73,32 @@ def test_a_failed_run_leaves_the_next_the_weights_that_it_has_alone(dpo, monkeyp
     monkeypatch.setattr(train_dpo, "make_optimizer", spoiled)
     assert dpo(beta=[0.1, 0.2, 0.3]) == 1 and calls == [0.1, 0.2, 0.3]
     assert weights_bytes("out_beta0.3") == weights_bytes("alone")
+
+
+def test_a_run_that_cannot_be_prepared_takes_no_other_with_it(dpo, monkeypatch):
+    prepare = train_dpo.prepare
+
+    def faulty(config, is_dry_run):
+        if config.batch_size == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(config, is_dry_run)
+
+    monkeypatch.setattr(train_dpo, "prepare", faulty)
+    assert dpo(beta=[0.1, 0.2], batch_size=[2, 3]) == 1
+    for beta in (0.1, 0.2):
+        assert has_model(f"out_beta{beta}_batch_size2")
+        assert not has_model(f"out_beta{beta}_batch_size3")
+
+
+def test_a_sweep_that_overwrites_and_is_stopped_goes_on_with_no_old_run(dpo, monkeypatch, capsys):
+    assert dpo(beta=[0.1, 0.2, 0.3]) == 0
+    with monkeypatch.context() as patch:
+        fail_in(patch, None, processes.Interrupted(signal.SIGINT))
+        assert dpo("--overwrite", beta=[0.1, 0.2, 0.3]) == 130
+    assert [has_model(f"out_beta{beta}") for beta in (0.1, 0.2, 0.3)] == [True, False, False]
+    capsys.readouterr()
+    assert dpo(beta=[0.1, 0.2, 0.3]) == 0
+    assert has_model("out_beta0.3") and capsys.readouterr().out.count("is finished") == 1
 
 
 def test_wrong_input_before_any_run_ends_a_sweep_at_once(dpo, capsys):
