@@ -18,7 +18,8 @@ from support.samples import KL, REWARD
 ACCURACY = "rewards/accuracies"
 BEFORE_TRAINING = {ACCURACY: 0.5, "rewards/margins": 0.0}  # what sweep.png draws
 # what a loss is a loss of
-SCALES = ["loss", "beta", "label_smoothing", "length_normalize", "nll_weight", "reference_model"]
+SCALES = ["loss", "beta", "label_smoothing", "length_normalize", "nll_weight"]
+REFERENCES = ["reference_model", "rounds", "round_reference"]  # what all figures are against
 LOSS = "held-out loss"  # for loss is a setting's name too
 FINISHED = "finished"
 DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other
@@ -45,7 +46,8 @@ def summarize_sweep(configs, varied, failed=None):
         row["output_dir"] = config.output_dir
         reason = (failed or {}).get(config.output_dir)
         rows.append(row | _outcome(config, reason))
-    first = REWARD if configs[0].rounds else ACCURACY
+    has_rounds = "rounds" in varied or configs[0].rounds
+    first = REWARD if has_rounds else ACCURACY
     rows = rank(rows, scales_of(varied), first)
     folder = Path(configs[0].output_dir).parent
     frame = pandas.DataFrame(rows)
@@ -97,7 +99,7 @@ def _outcome(config, reason):
 
 def scales_of(varied):
     """Which settings, of those that vary, make losses that do not compare."""
-    return [name for name in SCALES if name in varied]
+    return [name for name in (*SCALES, *REFERENCES) if name in varied]
 
 
 def rank(rows, scales, first=ACCURACY):
@@ -110,11 +112,12 @@ def rank(rows, scales, first=ACCURACY):
 
     def place(row):
         if row["outcome"] != FINISHED:
-            return math.inf, row["outcome"] != "diverged", 0
+            return 1, math.inf, row["outcome"] != "diverged", 0
         kind = [row[name] for name in scales]
         if kind not in kinds:
             kinds.append(kind)
-        return -row.get(first, row[ACCURACY]), kinds.index(kind), row[LOSS]
+        is_short = first not in row  # of a reward, where no answers were sampled
+        return is_short, -row.get(first, row[ACCURACY]), kinds.index(kind), row[LOSS]
 
     return sorted(rows, key=place)
 
@@ -129,7 +132,8 @@ def _print_table(frame, varied):
     say(frame.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
     scales = scales_of(varied)
     if scales:
-        say(f"Losses and margins compare only between runs of the same {' and '.join(scales)}.")
+        figures = "Accuracies, losses" if set(REFERENCES) & set(scales) else "Losses"
+        say(f"{figures} and margins compare only between runs of the same {' and '.join(scales)}.")
 
 
 def _draw_sweep(rows, varied, path, before):

@@ -47,6 +47,27 @@ def test_losses_and_margins_of_different_beta_do_not_decide_and_that_is_said(cap
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rounds", [[0, 2], [2, 0]])
+def test_offline_and_rounds_are_ordered_by_reward_whichever_comes_first(rounds, capsys):
+    of_runs = {}
+    for number, accuracy, reward in ((0, 0.8, 0.14), (2, 0.55, 0.46)):
+        of_runs[number] = figures_of(accuracy, 0.6, 0.1)
+        for name in ("samples/reward", "samples/kl"):
+            of_runs[number] |= {name: reward, f"{name}/ci95": 0.1}
+    for number, figures in of_runs.items():
+        folder = Path(f"s/run_rounds{number}") / ("round_2" if number else "")
+        folder.mkdir(parents=True)
+        rows = "".join(json.dumps(row) + "\n" for row in held_out(**figures))
+        (folder / "metrics.jsonl").write_text(rows)
+    reward = "reward=judge.py:judge"
+    configs, varied = read_config(CONFIG, [f"rounds={rounds}", reward, "output_dir=s/run"])
+    sweep.summarize_sweep(configs, varied)
+    rows = list(csv.DictReader(Path("s/sweep.csv").read_text().splitlines()))
+    assert column(rows, "rounds") == ["2", "0"]
+    said = "Accuracies, losses and margins compare only between runs of the same rounds."
+    assert said in capsys.readouterr().out
+
+
 def test_a_sweep_over_the_loss_keeps_each_runs_kind_beside_its_figure():
     rows = sweep_of(figures_of(0.7, 25.0, 0.1), figures_of(0.7, 0.6, 0.1), loss=["ipo", "sigmoid"])
     assert column(rows, "loss") == ["ipo", "sigmoid"]
