@@ -138,6 +138,15 @@ def _say_what_is_odd(pairs, encoder, records):
             number = sum(getattr(pair, name) for pair in part)
             if number:
                 say(f"!!! {number} of {len(part)} {split} pairs {finding} !!!")
+        stubs = 0
+        for pair in part:
+            room = encoder.max_length - len(pair.prompt_ids)
+            stubs += pair.cut and room < encoder.max_length // 4
+        if stubs:
+            say(
+                f"!!! {stubs} of {len(part)} {split} pairs leave an answer less than a quarter of "
+                f"max_length={encoder.max_length}, and it is cut: lower max_prompt_length !!!"
+            )
     first = read_preference(records[pairs["train"][0].index], encoder.columns)
     warning = compare_template(encoder, first.messages, first.chosen)
     if warning:

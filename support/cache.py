@@ -31,7 +31,7 @@ def read_or_compute(title, folder, depends_on, compute):
         return compute()
     name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
     path = Path(folder) / f"{name}.safetensors"
-    found = read_tensors(path)
+    found, _ = read_tensors(path)
     if found is not None:
         say(f"{title}: read from {path}")
         return found

@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 
 from support.config import Config, changes_on_resume
 from support.errors import InputError
-from support.files import digest_tensors, read_tensors, write_tensors, write_text
+from support.files import read_tensors, write_tensors, write_text
 from support.four_bit import count_weights
 from support.processes import fail_together, gather, is_first, say, shard_like, wait_for_all
 from support.run_log import best_step
@@ -53,9 +52,7 @@ def save_checkpoint(folder, weights, optimizer, step, origin):
             tensors[f"{key}.{name}"] = tensor
     tensors = gather(tensors)
     tensors["position"] = torch.tensor([step], dtype=torch.float64)
-    if is_first():
-        metadata = {**origin, "digest": digest_tensors(tensors)}
-        write_tensors(folder / f"step_{step:07d}.safetensors", tensors, metadata)
+    write_tensors(folder / f"step_{step:07d}.safetensors", tensors, origin)
     for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
         old.unlink(missing_ok=True)
 
@@ -72,7 +69,7 @@ def load_checkpoint(folder, weights, optimizer, origin):
     raises  InputError if the run began with another model or other pairs
     """
     for path in reversed(_checkpoints(folder)):
-        metadata, saved = _read_checkpoint(path)
+        saved, metadata = read_tensors(path)
         if saved is None:
             say(f"Warning: {path} is damaged; the one before it is tried")
             path.unlink(missing_ok=True)  # it would count as one of the two to keep
@@ -90,19 +87,6 @@ def load_checkpoint(folder, weights, optimizer, origin):
     return 0
 
 
-def _read_checkpoint(path):
-    """A checkpoint's metadata and tensors; None for these unless they are what was written."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}, None
-    saved = read_tensors(path)
-    if saved is None or metadata.get("digest") != digest_tensors(saved):
-        return metadata, None
-    return metadata, saved
-
-
 def keep_best(folder, weights, step, losses):
     """Write folder/best_N of the weights after this step, if its held-out loss is the lowest.
 
@@ -111,10 +95,7 @@ def keep_best(folder, weights, step, losses):
     losses  {step: held-out loss} of all evaluations, with this one
     """
     if best_step(losses) == step:
-        tensors = gather(weights)
-        if is_first():
-            metadata = {"digest": digest_tensors(tensors)}
-            write_tensors(_best(folder, step), tensors, metadata)
+        write_tensors(_best(folder, step), gather(weights))
     needed = {_best(folder, best_step(losses))}
     for path in _checkpoints(folder):
         reached = int(path.stem.removeprefix("step_"))
@@ -140,7 +121,7 @@ def load_best(folder, weights, losses):
         return
     wait_for_all()  # the first process has written them
     path = _best(folder, step)
-    _, saved = _read_checkpoint(path)
+    saved, _ = read_tensors(path)
     if saved is None:
         raise InputError(
             f"{path}, the weights of the lowest held-out loss, is gone or damaged: train anew with "

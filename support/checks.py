@@ -31,7 +31,8 @@ def check_tokens(model, pairs):
     if positions and longest > positions:
         say(
             f"Warning: the longest sequence has {longest} tokens, more than the model's "
-            f"max_position_embeddings of {positions}. Set max_length={positions}"
+            f"max_position_embeddings of {positions}. Set max_length={positions}, and a smaller "
+            "max_prompt_length"
         )
 
 
@@ -153,5 +154,6 @@ def check_model(policy, pairs, make_row, config):
         longest = max(pair.length for pair in pairs)
         raise InputError(
             f"the longest sequence has {longest} tokens, which the model cannot take "
-            f"({first_line(error)}). Set max_length={_positions(policy.model)}"
+            f"({first_line(error)}). Set max_length={_positions(policy.model)}, and a smaller "
+            "max_prompt_length"
         ) from error

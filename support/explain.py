@@ -83,8 +83,8 @@ def _configurations(errors, name):
             )
         path, at, revision = name.partition("@")
         repository = "/".join(path.split("/")[:2])
-        choice = f"dataset={repository}/{choices[0]}{at}{revision}"
-        return f"it has the configurations {', '.join(choices)}. Choose one: {choice}"
+        choice = f"{repository}/{choices[0]}{at}{revision}"
+        return f"it has the configurations {', '.join(choices)}. Choose one, as in {choice}"
     return None
 
 
@@ -94,8 +94,8 @@ def _different_columns(errors, name):
     if not (differ and os.path.isdir(name)):
         return None
     return (
-        f"its files have different columns. Give those that belong together: dataset='{name}/*' "
-        "with their ending, as in /*.jsonl"
+        f"its files have different columns. Give those that belong together, by a pattern such as "
+        f"'{name}/part-*.jsonl'"
     )
 
 
@@ -107,8 +107,8 @@ def _weights_as_bin(errors, name, kind):
     folder = f"{os.path.basename(name.rstrip('/'))}-safetensors"
     return (
         "it has no .safetensors file. If its weights are .bin files, which can run code when they "
-        "are read, and you trust them, convert them once and give model="
-        f"{folder}:\npython -c '{CONVERT}' {name} {folder}"
+        "are read, and you trust them, convert them once and give "
+        f"{folder} in its place:\npython -c '{CONVERT}' {name} {folder}"
     )
 
 

@@ -24,8 +24,8 @@ def advise(error):
         return str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)):
         return (
-            "out of memory: lower batch_size, max_length, or set activation_checkpointing=true\n"
-            f"{OTHER_SETTINGS}"
+            "out of memory: set activation_checkpointing=true, or lower batch_size, or max_length "
+            f"and with it max_prompt_length\n{OTHER_SETTINGS}"
         )
     if isinstance(error, FloatingPointError):
         return f"{error}\n{OTHER_SETTINGS}"

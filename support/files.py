@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from support.processes import is_first
@@ -81,13 +81,29 @@ def digest_pairs(pairs):
 
 
 def read_tensors(path):
-    """The tensors of a safetensors file by name; None if there is none, or a damaged one."""
+    """The tensors by name and the metadata of a file that write_tensors wrote.
+
+    Both are None if there is none, or one of which a bit is another.
+    """
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
     except (SafetensorError, OSError):
-        return None
+        return None, None
+    if metadata.get("digest") != digest_tensors(tensors):
+        return None, None
+    return tensors, metadata
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write a safetensors file, whole or not at all; the first process's alone."""
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    """Write a safetensors file with a digest, whole or not at all; the first process's alone.
+
+    metadata  {name: text} to be kept with them
+    """
+
+    def write(temporary):
+        noted = {**(metadata or {}), "digest": digest_tensors(tensors)}
+        save_file(tensors, temporary, noted)
+
+    write_atomically(path, write)

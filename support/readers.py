@@ -126,9 +126,7 @@ def read_folder(path, split, required):
 
 def _check_one_kind(folder):
     """Refuse a folder of which nothing tells what in it is the set."""
-    kinds = {}
-    for file in _data_files(folder):
-        kinds.setdefault(ending(file), file)
+    kinds = Counter(ending(file) for file in _data_files(folder))
     if _has_card_of_files(folder):
         return
     _check_all_shards(folder)
@@ -137,9 +135,10 @@ def _check_one_kind(folder):
             f"dataset {folder}: the folder holds no .jsonl, .json, .csv or .parquet file"
         )
     if len(kinds) > 1:
+        ((commonest, _),) = kinds.most_common(1)
         raise InputError(
             f"dataset {folder}: the folder holds files of several kinds ({', '.join(kinds)}). Give "
-            f"those of one, as in dataset='{Path(folder)}/*{min(kinds)}'"
+            f"those of one, as in '{Path(folder)}/**/*{commonest}'"
         )
 
 
@@ -172,7 +171,7 @@ def _check_all_are_read(folder):
         raise InputError(
             f"dataset {folder}: {', '.join(left_out)[:300]} would be left out, for the names of "
             "other files tell a split (train, test, ...) and theirs do not. Rename them, or name "
-            f"all: dataset='{Path(folder)}/*{ending(left_out[0])}'"
+            f"all: '{Path(folder)}/**/*{ending(left_out[0])}'"
         )
 
 

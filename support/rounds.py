@@ -332,7 +332,9 @@ def couple(answers, lead):
         near = distance < nearest + NEAR
         return not near, abs(lead + chosen[1] - answer[1]), distance
 
-    return chosen, min(bad, key=order)
+    rejected = min(bad, key=order)
+    # a reward model's last digit for one text may change with the others that it reads beside it
+    return None if chosen[0] == rejected[0] else (chosen, rejected)
 
 
 def _distance(one, other):

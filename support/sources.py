@@ -131,7 +131,7 @@ def open_source(name, kind, stand_ins, load):
         if name not in (stand_ins or {}):
             raise InputError(
                 f"{kind} {name} is neither a local path nor in the Hub's cache, and the Hub is out "
-                f"of reach. Give a local path ({kind}=path), or a stand-in under `offline:` in the "
+                "of reach. Give a local path in its place, or a stand-in under `offline:` in the "
                 f"config: {first_line(error)}"
             ) from error
     stand_in = stand_ins[name]

@@ -180,10 +180,11 @@ def _at_higher_lr(config):
     """How to run the same again at a rate that shows more, in a folder of its own."""
     lr = VISIBLE_LR if config.lr < VISIBLE_LR else 5 * config.lr
     lr = _short(lr)
-    hint = f"the same command with lr={lr}"
-    if str(config.lr) in config.output_dir:  # the folder follows the rate
-        return hint
-    return f"{hint} {shlex.quote(f'output_dir={config.output_dir}_lr{lr}')}"
+    of_lr, follows_it = f"lr{config.lr}", f"lr{float(lr)}"
+    folder = config.output_dir.replace(of_lr, follows_it)
+    if folder == config.output_dir:
+        folder = f"{folder}_lr{lr}"
+    return f"the same command with lr={lr} {shlex.quote(f'output_dir={folder}')}"
 
 
 def _short(number):

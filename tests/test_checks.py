@@ -64,7 +64,10 @@ def test_a_token_id_without_an_embedding_is_refused_with_both_numbers(tmp_path, 
 def test_sequences_beyond_the_models_positions_are_warned_of_with_the_limit(tmp_path, dpo, capsys):
     write_model(tmp_path / "model", max_position_embeddings=16)
     assert dpo(model=str(tmp_path / "model")) == 0
-    assert "max_position_embeddings of 16. Set max_length=16" in capsys.readouterr().out
+    assert (
+        "max_position_embeddings of 16. Set max_length=16, and a smaller max_prompt"
+        in capsys.readouterr().out
+    )
 
 
 def test_sequences_beyond_learned_positions_are_refused_with_both_numbers(tmp_path, dpo, capsys):

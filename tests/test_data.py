@@ -978,6 +978,17 @@ def test_pairs_whose_rejected_answer_has_the_higher_score_are_counted_and_said(t
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("max_prompt_length, stubs", [(39, 1), (20, 0)])
+def test_answers_that_long_prompts_cut_to_stubs_are_counted_and_said(
+    tmp_path, capsys, max_prompt_length, stubs
+):
+    rows = [*many(3), record("word " * 100, "good " * 50, "bad " * 50)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    load_pairs(data_config(path, max_length=40, max_prompt_length=max_prompt_length))
+    said = f"!!! {stubs} of 4 train pairs leave an answer less than a quarter of max_length=40"
+    assert (said in capsys.readouterr().out) == (stubs > 0)
+
+
 def test_a_malformed_record_is_shown_by_its_columns_beginnings(tmp_path):
     rows = [record("Q", "a", "a"), record("Who?", {"text": "long " * 50}, "bad"), ["x"]]
     path = write_jsonl(tmp_path / "a.jsonl", rows)

@@ -188,7 +188,7 @@ def test_the_configurations_of_a_set_are_listed_and_one_can_be_chosen(here, run)
     for name in ("org/two", "org/two/de"):
         code, printed = run(dataset=name)
         assert code == 2
-        assert "it has the configurations en, fr. Choose one: dataset=org/two/en" in printed
+        assert "it has the configurations en, fr. Choose one, as in org/two/en" in printed
     code, printed = run(dataset="org/two/fr", split="train", eval_split=None)
     assert code == 0, printed
     assert "99 " in printed or "100 " in printed  # the beginnings of fr's prompts
@@ -210,7 +210,7 @@ def test_a_revision_of_a_set_is_read_and_noted_as_its_commit(here, run):
     assert commits(printed)["org/two/fr@v2"] == two
     code, printed = run(dataset="org/two@v2:train", eval_split=None)
     assert code == 2
-    assert "Choose one: dataset=org/two/en@v2" in printed
+    assert "Choose one, as in org/two/en@v2" in printed
 
 
 def test_another_revision_in_the_cache_is_not_taken_for_the_one_asked_for(here, run):

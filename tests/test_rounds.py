@@ -135,6 +135,10 @@ def test_of_answers_as_good_the_longest_is_taken_against_one_about_as_long():
     assert couple(*answers[:4]) == ("b", "c")
 
 
+def test_one_text_of_two_rewards_is_no_couple():
+    assert rounds.couple([("a", 3, 0.5), ("a", 3, 0.5000001), ("a", 3, 0.5)], 0) is None
+
+
 def test_of_couples_as_near_one_is_taken_that_keeps_the_lengths_in_balance():
     answers = [("a", 20, 1), ("b", 22, 0), ("c", 18, 0)]
     assert couple(*answers, lead=-1) == ("a", "c")

@@ -163,7 +163,7 @@ def test_an_unreachable_name_without_stand_in_says_what_to_do(hub_down):
         sources.open_source("org/model", "model", {"org/other": "x"}, fails)
     message = str(error.value)
     assert "model org/model is neither a local path nor in the Hub's cache" in message
-    assert "model=path" in message
+    assert "Give a local path in its place" in message
     assert "`offline:`" in message
     assert "OSError: cannot load org/model" in message
     assert "second line" not in message
@@ -471,8 +471,14 @@ def test_a_file_without_the_column_split_is_read_whole_beside_one_that_has_it(tm
 def test_a_folder_is_refused_of_which_files_would_be_left_out(tmp_path):
     write_jsonl(tmp_path / "orca_train.jsonl", many(3))
     write_jsonl(tmp_path / "ultrafeedback.jsonl", many(9, "R"))
-    with pytest.raises(InputError, match="ultrafeedback.jsonl would be left out, for the names"):
+    (tmp_path / "below").mkdir()
+    write_jsonl(tmp_path / "below/more.jsonl", many(2, "S"))
+    told = "ultrafeedback.jsonl would be left out, for the names.* name all: '(.*)'"
+    with pytest.raises(InputError, match=told) as error:
         load_pairs(data_config(str(tmp_path)))
+    pattern = re.search(told, str(error.value))[1]
+    assert len(load_pairs(data_config(pattern))[0]) == 14
+    shutil.rmtree(tmp_path / "below")
     (tmp_path / "ultrafeedback.jsonl").rename(tmp_path / "more_train.jsonl")
     assert len(load_pairs(data_config(str(tmp_path), split=None))[0]) == 12
 
@@ -571,8 +577,12 @@ def test_a_folder_of_mixed_files_or_of_none_is_told(tmp_path, own_cache):
     with pytest.raises(InputError) as error:
         data.load_records(str(folder), None, {})
     assert "files of several kinds (.jsonl, .csv). Give those of one" in str(error.value)
-    command = re.search("dataset='(.*)'", str(error.value))[1]
-    assert len(data.load_records(command, None, {})) == 1
+    (folder / "below").mkdir()
+    write_jsonl(folder / "below/c.jsonl", many(2))
+    with pytest.raises(InputError) as error:
+        data.load_records(str(folder), None, {})
+    pattern = re.search("as in '(.*)'", str(error.value))[1]
+    assert pattern.endswith(".jsonl") and len(data.load_records(pattern, None, {})) == 5
 
 
 def test_a_folder_of_files_with_different_columns_is_read_as_it_is_told_to_be(tmp_path, own_cache):
@@ -583,8 +593,8 @@ def test_a_folder_of_files_with_different_columns_is_read_as_it_is_told_to_be(tm
     with pytest.raises(InputError) as error:
         data.load_records(str(folder), None, {})
     assert "its files have different columns. Give those that belong" in str(error.value)
-    pattern = re.search("dataset='(.*)'", str(error.value))[1]
-    assert len(data.load_records(f"{pattern}.jsonl", None, {})) == 4
+    assert f"by a pattern such as '{folder}/part-*.jsonl'" in str(error.value)
+    assert len(data.load_records(f"{folder}/*.jsonl", None, {})) == 4
 
 
 def test_a_folder_without_all_of_its_numbered_files_is_refused(tmp_path, own_cache):

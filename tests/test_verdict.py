@@ -51,7 +51,8 @@ def test_the_default_recipes_end_says_that_answers_hardly_change_and_what_shows_
     text = conclusion(held_out(**BETTER), same)
     assert "The weights moved" in text and "At lr 1e-7 the answers hardly can" in text
     assert "all 2 sampled ones are as before" in text
-    assert text.endswith("To see a change, the same command with lr=5e-6.")
+    higher = "To see a change, the same command with lr=5e-6"
+    assert text.endswith(f"{higher} output_dir=runs/beta0.1_lr5e-06.")
     apart = conclusion(held_out(**BETTER), same, output_dir="mine")
     assert apart.endswith("the same command with lr=5e-6 output_dir=mine_lr5e-6.")
 
@@ -62,7 +63,7 @@ def test_the_default_recipes_end_says_that_answers_hardly_change_and_what_shows_
         (held_out(**BETTER), "The model prefers the chosen answers of held-out pairs more"),
         (held_out(**WORSE), "Got worse on held-out pairs, by more than chance: loss, rewards/m"),
         (held_out(**BETTER | {"loss": 0.9}), "chance: loss (better: rewards/margins, rewards/acc"),
-        (held_out(), "No change beyond chance. Try more pairs, or the same command with lr=5e-5."),
+        (held_out(), "No change beyond chance. Try more pairs, or the same command with lr=5e-5 "),
         (held_out(4, **BETTER), "Too few pairs were held out (4) to tell learning from chance"),
         (held_out(**UNFINITE), "The run diverged: lower lr (now 1e-5), or set dtype=float32."),
         ([], "Without held-out pairs nothing tells what it learned: eval_pairs=100."),
