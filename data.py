@@ -24,7 +24,7 @@ from support.processes import WORLD, say
 from support.shapes import accepted_columns, read_preference
 from support.sources import MissingSplit, Sets, open_source, read_records, split_names
 from support.template import compare_template, dated_template, left_out_of, tell_day
-from support.turns import Drop, drop_if
+from support.turns import Drop, drop_if, with_arguments_as_text
 
 HELD_OUT = "its prompt is held out for evaluation"
 
@@ -349,10 +349,19 @@ class PairEncoder:
             **options,
         )
 
-    def _render_prompt(self, messages, tools):
-        """The text that an answer follows; tools are functions for it to describe, or None."""
-        options = {"tools": tools} if tools else {}
-        return self.render(messages, add_generation_prompt=True, **options)
+    def _render_prompt(self, messages, tools, options=None):
+        """The text that an answer follows.
+
+        tools    functions for it to describe, or None
+        options  what else the template reads, or None
+        """
+        options = {"add_generation_prompt": True, **(options or {})}
+        if tools:
+            options["tools"] = tools
+        try:
+            return self.render(messages, **options)
+        except TypeError:
+            return self.render(with_arguments_as_text(messages), **options)
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -375,8 +384,9 @@ class PairEncoder:
         self._check(preference)
         end = [self.end_of_turn] if preference.is_whole else []
         try:
-            rendered = self._render_prompt(preference.messages, preference.tools)
-            left_out = left_out_of(self._render_prompt, preference, rendered)
+            render = partial(self._render_prompt, options=preference.template_options)
+            rendered = render(preference.messages, preference.tools)
+            left_out = left_out_of(render, preference, rendered)
             prompt_ids = self.bos + self._ids(rendered)
             chosen_ids = self._answer_ids(preference.chosen) + end
             rejected_ids = self._answer_ids(preference.rejected) + end

@@ -59,7 +59,7 @@ def load_model(config):
             if on_the_hub:
                 options["revision"] = note_commit(path, options["revision"], "adapter_config.json")
             if adapter.has_tokenizer:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+                tokenizer = load_tokenizer(path, **options)
             return model, tokenizer
         if "gguf_file" not in options:
             _refuse_quantised(transformers.AutoConfig.from_pretrained(path, **options))
@@ -69,8 +69,7 @@ def load_model(config):
         _check_weights(found, config.model)
         if on_the_hub:  # the tokenizer of the same commit, should the branch move meanwhile
             options["revision"] = note_commit(path, options["revision"])
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
-        return model, tokenizer
+        return model, load_tokenizer(path, **options)
 
     # else transformers asks a service to convert .bin weights, and reads what that proposes
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -78,6 +77,21 @@ def load_model(config):
         model, tokenizer = open_source(config.model, "model", config.offline, load)
     _disable_dropout(model)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(path, **options):
+    """A model's tokenizer as transformers reads it, with Mistral's splitting of text mended.
+
+    Files that older versions wrote of Mistral's newer tokenizers split otherwise than the models
+    have learned. transformers tells that in a warning, and mends it only where it is asked to.
+    """
+    read = partial(transformers.AutoTokenizer.from_pretrained, path, **options)
+    tokenizer = read()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if getattr(backend, "fix_mistral_regex", None) is False:
+        say(f"!!! the tokenizer of {path} splits text otherwise than Mistral's models: mended !!!")
+        return read(fix_mistral_regex=True)
+    return tokenizer
 
 
 def _refuse_quantised(shape):
@@ -157,7 +171,7 @@ def check_other(config, setting, tokenizer):
             return open_source(adapter.base, "model", config.offline, load)
         if not adapter:  # a folder of a tokenizer alone is no model
             transformers.AutoConfig.from_pretrained(path, **options)
-        return transformers.AutoTokenizer.from_pretrained(path, **options)
+        return load_tokenizer(path, **options)
 
     try:
         its_tokenizer = open_source(name, "model", config.offline, load)

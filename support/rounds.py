@@ -202,7 +202,11 @@ def _in_own_shape(preference, chosen, rejected):
         "chosen": [{"role": "assistant", "content": chosen}],
         "rejected": [{"role": "assistant", "content": rejected}],
     }
-    return row | {"tools": preference.tools} if preference.tools else row
+    if preference.tools:
+        row["tools"] = preference.tools
+    if preference.template_options:
+        row["chat_template_kwargs"] = preference.template_options
+    return row
 
 
 def _prompts_of_round(pairs, config, number):

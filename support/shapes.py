@@ -21,10 +21,12 @@ from support.turns import (
     is_filled,
     parsed,
     texts_in,
+    without_nulls,
 )
 
 SYSTEMS = ("system", "system_prompt")
-QUESTIONS = ("prompt", "instruction", "question", "query", "messages", "conversations")
+DIALOGUES = ("messages", "conversations")
+QUESTIONS = ("prompt", "instruction", "question", "query", *DIALOGUES)
 PROMPTS = (*QUESTIONS, "context", "history", "input")  # the first that is filled holds the prompt
 # What else would change a prompt: a record in which one of these is filled but not used is dropped.
 TOOLS = ("tools", "functions", "tool_calls")
@@ -39,6 +41,7 @@ ANSWERS = (
 )
 # {} is chosen or rejected
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}_rating", "{}-rating", "rating_{}")
+REWARDS = ("reward_{}", "{}_reward", "{}_rm_score")
 LABELLED = (  # two answers, and what names the better one
     ("output_1", "output_2", "preference"),
     ("response_0", "response_1", "better_response_id"),
@@ -67,6 +70,7 @@ class Preference:
     shape: str  # name of the function of SHAPES that took it
     unused: tuple[str, ...]  # filled columns that were not used
     tools: list[dict] | None = None  # functions for the chat template to describe
+    template_options: dict | None = None  # what else it reads, such as enable_thinking
     is_whole: bool = True  # whether the answers come to their end; False for a step of them
     repeated: bool = False  # whether both answers began with the prompt, which is taken out
 
@@ -132,9 +136,7 @@ def read_preference(record, columns=None):
     shape, answers = _find_answers(fields)
     dialogues, holds_prompt = _find_dialogues(fields, answers)
     messages, *ends = _split(dialogues)
-    # where the answers' dialogues hold the prompt, a column of it is only compared with them
-    understood = set() if holds_prompt else fields.used - set(SYSTEMS)
-    _drop_if_half_read(fields, understood, [*messages, *ends])
+    _drop_if_half_read(fields, holds_prompt, messages, ends)
 
     chosen, rejected = ends[0]["content"], ends[1]["content"]
     asked = messages[-1]["content"]
@@ -145,6 +147,7 @@ def read_preference(record, columns=None):
     begun = fields.take("initial_reason_steps") or ""
     drop_if(not isinstance(begun, str), "malformed: initial_reason_steps is not text")
     tools = fields.take("tools")
+    options = _template_options(fields)
     return Preference(
         messages,
         begun + chosen,
@@ -153,9 +156,18 @@ def read_preference(record, columns=None):
         shape,
         _unused(record, fields),
         as_tools(tools) if tools else None,
+        options,
         is_whole=not fields.has("initial_reason_steps"),
         repeated=repeated,
     )
+
+
+def _template_options(fields):
+    """What a record gives its chat template besides turns and tools, or None."""
+    options = parsed(fields.take("chat_template_kwargs"))
+    fault = "malformed: chat_template_kwargs is no mapping"
+    drop_if(not isinstance(options, dict | None), fault)
+    return without_nulls(options)
 
 
 def _unused(record, fields):
@@ -189,16 +201,24 @@ def _find_prompt(fields):
     cell = fields.record[column]
     if column == "history" and not isinstance(parsed(cell), str):
         return system, _earlier_turns(cell)
-    joined = column == "instruction" or "input" in fields.columns
+    joined = fields.name(column) == "instruction" or "input" in fields.columns
     if joined and isinstance(cell, str) and isinstance(fields.record.get("input"), str):
         cell = _with_input(cell, fields.take("input"))
-    if column in ("messages", "conversations"):
+    if column in DIALOGUES:
         cell = parsed(cell)
+    fault = f"malformed: {fields.name(column)} is a list of texts, which are no turns"
+    drop_if(isinstance(cell, str) and _is_list_of_texts(cell), fault)
     prompt = as_turns(cell, fields.name(column), "user")
     history = None if column == "history" else fields.take("history")
     if history is not None:
         prompt = _earlier_turns(history) + prompt
     return system, prompt
+
+
+def _is_list_of_texts(text):
+    """Whether a cell is stored as text and was a list of texts."""
+    value = parsed(text) if text.startswith("[") else None
+    return isinstance(value, list) and value != [] and all(isinstance(x, str) for x in value)
 
 
 def _with_input(instruction, given):
@@ -266,20 +286,27 @@ def _split(dialogues):
     return messages, chosen, rejected
 
 
-def _drop_if_half_read(fields, understood, turns):
-    """Drop a record with a filled column of a prompt that is not understood, nor said in a turn."""
-    contents = [turn["content"].strip() for turn in turns]
+def _drop_if_half_read(fields, holds_prompt, messages, ends):
+    """Drop a record with a filled column of a prompt that is not understood, nor said in a turn.
+
+    A column of whole dialogues may hold the answers, `ends`, too. Where the answers' dialogues
+    hold the prompt, any column of it is only compared with them.
+    """
+    understood = set() if holds_prompt else fields.used - set(SYSTEMS)
     for column in OF_A_PROMPT:
         value = fields.record.get(column)
         if column == "tools" or column in understood or not is_filled(value):
             continue
+        turns = [*messages, *ends] if column in DIALOGUES else messages
+        contents = [turn["content"].strip() for turn in turns]
         for text in _texts_of(column, value):
             text = text.strip()
             is_said = text in contents or (len(text) >= 20 and text in "\n".join(contents))
+            added = "columns={input: input} adds it, " if column == "input" else ""
             drop_if(
                 text and not is_said,
                 f"{column} is filled and would change the prompt, but is not understood: "
-                f"columns={{{column}: null}} leaves it out",
+                f"{added}columns={{{column}: null}} leaves it out",
             )
 
 
@@ -308,12 +335,15 @@ def _number(value):
 
 def _scores(fields):
     """The scores of a chosen and a rejected answer, or None."""
-    for pattern in SCORES:
+    for pattern in (*SCORES, *REWARDS):
         chosen, rejected = pattern.format("chosen"), pattern.format("rejected")
         scores = (_number(fields.record.get(chosen)), _number(fields.record.get(rejected)))
         if None not in scores:
             fields.used |= {chosen, rejected}
             return scores
+    if as_label(fields.record.get("status")) == "tie":  # as distilabel notes it
+        fields.used.add("status")
+        return 0.0, 0.0
     return None
 
 

@@ -91,6 +91,8 @@ def left_out_of(render, preference, rendered):
             changes[f"the turns of role {turn['role']}"] = {"content": turn["content"] + "?"}
         if "tool_calls" in turn:
             changes["tool calls"] = {"tool_calls": _renamed(turn["tool_calls"])}
+            if turn["content"]:
+                changes["the text beside tool calls"] = {"content": turn["content"] + "?"}
         for what, change in changes.items():
             changed = [*messages[:place], turn | change, *messages[place + 1 :]]
             if render(changed, tools) == rendered:

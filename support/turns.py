@@ -231,24 +231,38 @@ def _as_functions(value, column):
         inner = item.get("function", item) if isinstance(item, dict) else None
         named = isinstance(inner, dict) and isinstance(inner.get("name"), str)
         drop_if(not named, f"malformed: {column} has a function without a name")
-        function = _without_nulls(inner)
+        function = without_nulls(inner)
         if "arguments" in function:
             function["arguments"] = parsed(function["arguments"])
-        functions.append({"type": "function", "function": function})
+        call = {"id": item["id"]} if is_filled(item.get("id")) else {}
+        functions.append(call | {"type": "function", "function": function})
     return functions
 
 
-def _without_nulls(value):
+def without_nulls(value):
     """A mapping without what is null in it, as Parquet sets it where records have other keys."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     if not isinstance(value, dict):
         return value
     kept = {}
     for key, item in value.items():
         if item is not None:
-            kept[key] = _without_nulls(item)
+            kept[key] = without_nulls(item)
     return kept
+
+
+def with_arguments_as_text(messages):
+    """Messages whose tool calls have their arguments as JSON text, as a few templates take them."""
+    turns = []
+    for turn in messages:
+        calls = []
+        for call in turn.get("tool_calls", ()):
+            function = call["function"]
+            text = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            calls.append(call | {"function": function | {"arguments": text}})
+        turns.append(turn | {"tool_calls": calls} if calls else turn)
+    return turns
 
 
 def texts_in(value):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -37,7 +38,7 @@ from helpers import (
 from support import report, sources
 from support.config import Config, read_config
 from support.files import digest_model
-from support.model import load_model, place_weights
+from support.model import load_model, load_tokenizer, place_weights
 from train_dpo import AnswerLogps
 
 # Loading
@@ -57,6 +58,23 @@ def test_dropout_is_off_in_train_mode(tmp_path):
             policy = AnswerLogps(model)
             policy.share_prompts(shared)
             assert torch.equal(policy(make_row(PAIRS, [0])), policy(make_row(PAIRS, [0])))
+
+
+@pytest.mark.parametrize("version, mended", [("4.50.0", True), ("5.0.0", False)])
+def test_a_tokenizer_that_splits_otherwise_than_mistrals_models_is_mended(
+    tmp_path, capsys, version, mended
+):
+    words = {f"w{number}": number for number in range(100_001)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1")
+    wrapped.save_pretrained(tmp_path)
+    written_by = {"model_type": "mistral", "transformers_version": version}
+    (tmp_path / "config.json").write_text(json.dumps(written_by))
+    tokenizer = load_tokenizer(str(tmp_path))
+    splits = "Split(" in str(tokenizer.backend_tokenizer.pre_tokenizer)
+    said = "splits text otherwise than Mistral's models: mended" in capsys.readouterr().out
+    assert (splits, said) == (mended, mended)
 
 
 def test_code_that_comes_with_a_model_is_part_of_its_digest(tmp_path, monkeypatch):

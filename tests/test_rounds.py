@@ -135,6 +135,15 @@ def test_of_answers_as_good_the_longest_is_taken_against_one_about_as_long():
     assert couple(*answers[:4]) == ("b", "c")
 
 
+def test_what_a_prompts_template_is_given_stays_with_its_sampled_answers():
+    given = {"tools": [{"name": "look"}], "chat_template_kwargs": {"enable_thinking": False}}
+    asked = read_preference({"prompt": "Q", "chosen": "a", "rejected": "b", **given})
+    again = read_preference(rounds._in_own_shape(asked, "c", "d"))
+    assert (again.chosen, again.rejected) == ("c", "d")
+    for name in ("messages", "tools", "template_options"):
+        assert getattr(again, name) == getattr(asked, name)
+
+
 def test_one_text_of_two_rewards_is_no_couple():
     assert rounds.couple([("a", 3, 0.5), ("a", 3, 0.5000001), ("a", 3, 0.5)], 0) is None
 

@@ -501,10 +501,37 @@ HALF = (
 )
 def test_a_record_is_never_half_read(column, value):
     half = record(Q, GOOD, BAD, **{column: value})
-    assert reason(half) == HALF.format(column)
+    adds = "columns={input: input} adds it, "
+    assert reason(half).replace(adds, "") == HALF.format(column)
+    assert (adds in reason(half)) == (column == "input")
     assert pair(half, {column: None}) == ([user(Q)], GOOD, BAD)
     for empty in (None, "", [], float("nan")):
         assert pair(half | {column: empty}) == ([user(Q)], GOOD, BAD)
+
+
+def test_an_input_that_an_answer_repeats_is_no_part_of_the_prompt_yet():
+    given = "He go home at five every day."
+    half = record("Mend the grammar.", f"Better than {given!r}: He goes.", BAD, input=given)
+    assert "input is filled and would change the prompt" in reason(half)
+    assert pair(half, {"input": "input"})[0] == [user(f"Mend the grammar.\n\n{given}")]
+
+
+def test_an_instruction_keeps_its_input_where_it_is_named_as_the_prompt():
+    made = {"instruction": "Name one:", "input": "a fruit", "good": GOOD, "bad": BAD}
+    places = {"prompt": "instruction", "chosen": "good", "rejected": "bad"}
+    assert pair(made, places)[0] == [user("Name one:\n\na fruit")]
+
+
+def test_a_prompt_that_was_a_list_of_texts_is_dropped_and_a_list_in_an_answer_is_not():
+    why = "malformed: prompt is a list of texts, which are no turns"
+    assert reason(record('["Hi there", "and?"]', '["Hello", "x"]', '["No", "y"]')) == why
+    for asked in ("[1, 2]: sort it", "[]", "[a]", "[1, 2]"):
+        assert pair(record(asked, '["apple"]', BAD)) == ([user(asked)], '["apple"]', BAD)
+
+
+def test_a_tie_that_only_a_status_tells_is_a_tie():
+    for status, scores in (("tie", (0.0, 0.0)), ("unchanged", None)):
+        assert read_preference(record(Q, GOOD, BAD, status=status)).scores == scores
 
 
 def test_what_is_said_in_the_dialogue_anyway_changes_nothing():
@@ -782,6 +809,39 @@ def test_what_a_template_leaves_out_is_dropped_and_said():
     with pytest.raises(Drop, match="^the chat template leaves out the turns of role developer$"):
         turns = [{"role": "developer", "content": "a fruit"}, user(Q)]
         encoder(build_tokenizer(deaf)).encode(record(turns, GOOD, BAD))
+
+
+def test_text_beside_a_call_that_a_template_leaves_out_is_dropped_and_said():
+    silent = TOOLS.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}")
+    turns = [user(Q), CALL | {"content": "I look."}, *DIALOGUE[2:]]
+    with pytest.raises(Drop, match="^the chat template leaves out the text beside tool calls$"):
+        encoder(build_tokenizer(silent)).encode(record(turns, GOOD, BAD))
+    assert encoder(build_tokenizer(silent)).encode(record(DIALOGUE, GOOD, BAD))
+
+
+@pytest.mark.parametrize("arguments", [{"x": "é"}, '{"x": "é"}'])
+@pytest.mark.parametrize(
+    "written, expected",
+    [("c.function.arguments | string", "{'x': 'é'}"), ("'' + c.function.arguments", '{"x": "é"}')],
+)
+def test_a_call_keeps_its_id_and_has_its_arguments_as_the_template_takes_them(
+    arguments, written, expected
+):
+    template = TOOLS.replace("({{ c.function.name", f"({{{{ c.id + {written} + c.function.name")
+    call = {"id": "abcdefghi", "function": {"name": "look", "arguments": arguments}}
+    turns = [user(Q), CALL | {"tool_calls": [call]}, *DIALOGUE[2:]]
+    rendered = text(encoder(build_tokenizer(template)).encode(record(turns, GOOD, BAD)).prompt_ids)
+    assert f"(abcdefghi{expected}look)" in rendered
+
+
+@pytest.mark.parametrize("write", [lambda options: options, json.dumps])
+def test_a_records_options_reach_the_chat_template(write):
+    template = CHATML.replace("assistant\n{% endif", "assistant\n{{ start or '' }}{% endif")
+    given = record(Q, GOOD, BAD, chat_template_kwargs=write({"start": "<think>", "other": None}))
+    prompt = text(encoder(build_tokenizer(template)).encode(given).prompt_ids)
+    assert prompt == text(encoder().encode(record(Q, GOOD, BAD)).prompt_ids) + "<think>"
+    assert read_preference(given).unused == ()
+    assert "chat_template_kwargs is no mapping" in reason(given | {"chat_template_kwargs": "x"})
 
 
 def test_function_calls_of_sharegpt_are_tool_calls():
