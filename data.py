@@ -360,7 +360,7 @@ class PairEncoder:
             options["tools"] = tools
         try:
             return self.render(messages, **options)
-        except TypeError:
+        except TypeError:  # some templates, such as DeepSeek's, join arguments to other text
             return self.render(with_arguments_as_text(messages), **options)
 
     def _ids(self, text):

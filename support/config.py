@@ -231,7 +231,7 @@ def _tell_what_does_nothing(configs):
         if any(getattr(config, main) for config in configs):
             continue
         for name in others:
-            if getattr(configs[0], name) != usual[name]:
+            if any(getattr(config, name) != usual[name] for config in configs):
                 off = json.dumps(usual[main])
                 say(f"!!! {name} does nothing, since {main} is {off}; {advice} !!!")
 

@@ -112,7 +112,8 @@ def matmul_peak(config):
 def operations_a_token(model, weights):
     """Floating point operations of a training step for each token.
 
-    Two a weight in the forward pass, two in the backward pass, and two more if it is trained.
+    Two a weight in the forward pass, two in the backward pass, and two more if it is trained: as
+    if each token met all experts of a mixture, and the LM head.
     """
     trained = sum(weight.numel() for weight in weights.values())
     return 2 * (2 * count_weights(model) + trained)

@@ -212,6 +212,7 @@ def write_report(folder, config, pairs, answers):
         evaluation = f"{sampled}\n\n{evaluation}"
     if held_out and held_out[-1]["step"] == 0:  # the best: what training did is in the others
         verdict = conclude(config, trained, evaluations, [])
+        verdict = f"Of the last step's weights, which are not saved: {verdict}"
     else:
         verdict = conclude(config, trained, held_out, answers)
     speed = describe_speed(trained, config.device)

@@ -104,7 +104,8 @@ def begin_anew_once(configs, options):
         check_noted(Path(config.output_dir), config, overwrite=True)
     for config in configs:
         with claim(Path(config.output_dir), config, overwrite=True):
-            _remove_rounds(config)
+            if config.rounds:
+                _remove_rounds(config)
 
 
 def _remove_rounds(config):

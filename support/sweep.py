@@ -19,7 +19,11 @@ ACCURACY = "rewards/accuracies"
 BEFORE_TRAINING = {ACCURACY: 0.5, "rewards/margins": 0.0}  # what sweep.png draws
 # what a loss is a loss of
 SCALES = ["loss", "beta", "label_smoothing", "length_normalize", "nll_weight"]
-REFERENCES = ["reference_model", "rounds", "round_reference"]  # what all figures are against
+# what all figures are against
+REFERENCES = ["model", "revision", "reference_model", "rounds", "round_reference"]
+# which pairs are held out, and what is left of them
+HELD_OUT = ["dataset", "split", "eval_dataset", "eval_split", "eval_pairs", "shuffle", "columns"]
+HELD_OUT += ["keep_ties", "seed", "max_length", "max_prompt_length"]
 LOSS = "held-out loss"  # for loss is a setting's name too
 FINISHED = "finished"
 DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other
@@ -92,6 +96,7 @@ def _outcome(config, reason):
         return {"outcome": "not evaluated"}
     last = held_out[-1]
     last[LOSS] = last.pop("loss")
+    last.pop("split")  # which is a setting's name too
     missing = last[LOSS] is None or last["rewards/margins"] is None
     skipped = trained and "skipped" in trained[-1]
     return last | {"outcome": "diverged" if missing or skipped else FINISHED}
@@ -99,7 +104,12 @@ def _outcome(config, reason):
 
 def scales_of(varied):
     """Which settings, of those that vary, make losses that do not compare."""
-    return [name for name in (*SCALES, *REFERENCES) if name in varied]
+    return _in_order((*SCALES, *REFERENCES), varied)
+
+
+def _in_order(names, varied):
+    """Those of some names that vary, in the order in which the names are given."""
+    return [name for name in names if name in varied]
 
 
 def rank(rows, scales, first=ACCURACY):
@@ -134,6 +144,9 @@ def _print_table(frame, varied):
     if scales:
         figures = "Accuracies, losses" if set(REFERENCES) & set(scales) else "Losses"
         say(f"{figures} and margins compare only between runs of the same {' and '.join(scales)}.")
+    others = _in_order(HELD_OUT, varied)
+    if others:
+        say(f"Runs of another {' or '.join(others)} may have been evaluated on other pairs.")
 
 
 def _draw_sweep(rows, varied, path, before):

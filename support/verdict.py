@@ -158,8 +158,9 @@ def _judge(config, changes, answers):
         return f"No change beyond chance. Try more pairs, or {_at_higher_lr(config)}."
     if not better:
         return "No change beyond chance. Try more pairs."
-    if config.lr < ANSWERS_STAY or (config.lr < HIGH_LR and answers and same):
-        seen = f"; all {len(answers)} sampled ones are as before" if answers and same else ""
+    stay = same if answers else config.lr < ANSWERS_STAY
+    if stay and config.lr < HIGH_LR:
+        seen = f"; all {len(answers)} sampled ones are as before" if answers else ""
         return (
             "The weights moved: held-out log-probabilities changed by more than chance. At lr "
             f"{_short(config.lr)} the answers hardly can{seen}. To see a change, "

@@ -1125,6 +1125,9 @@ def test_the_best_up_to_the_older_checkpoint_is_there_when_the_newer_one_is_dama
 def test_no_evaluation_better_than_the_first_saves_the_model_as_it_was(dpo, tiny_model):
     assert dpo(**BEST | {"lr": 1.0}) == 0
     text = "Saved: the model as it was before training (step 0, the lowest held-out loss of 10"
+    assert (
+        "\n\nOf the last step's weights, which are not saved: " in Path("out/report.md").read_text()
+    )
     assert text in Path("out/report.md").read_text()
     before = load_file(f"{tiny_model}/model.safetensors")
     after = load_file("out/model/model.safetensors")

@@ -389,9 +389,10 @@ def test_a_file_of_anything_but_settings_says_what_lines_are_to_be(tmp_path):
         read_config(path)
 
 
+@pytest.mark.parametrize("alpha", ["32", "[16, 32]"])
 @pytest.mark.parametrize("rank, told", [("0", True), ("16", False), ("[0, 8]", False)])
-def test_an_adapters_settings_without_an_adapter_are_said_to_do_nothing(rank, told, capsys):
-    read_config(CONFIG, [f"lora_r={rank}", "lora_alpha=32"])
+def test_an_adapters_settings_without_an_adapter_are_said_to_do_nothing(rank, told, alpha, capsys):
+    read_config(CONFIG, [f"lora_r={rank}", f"lora_alpha={alpha}"])
     assert ("lora_alpha does nothing, since lora_r is 0" in capsys.readouterr().out) == told
 
 

@@ -68,6 +68,21 @@ def test_offline_and_rounds_are_ordered_by_reward_whichever_comes_first(rounds, 
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "name, values, said",
+    [
+        ("model", ["a", "b"], "Accuracies, losses and margins compare only between runs of the"),
+        ("seed", [1, 2], "Runs of another seed may have been evaluated on other pairs."),
+        ("lr", [1e-6, 2e-6], None),
+    ],
+)
+def test_figures_that_do_not_compare_are_said_not_to(capsys, name, values, said):
+    sweep_of(figures_of(0.7, 0.6, 0.1), figures_of(0.6, 0.6, 0.1), **{name: values})
+    shown = capsys.readouterr().out
+    assert (said or "The sweep is in") in shown
+    assert bool(said) == ("compare only" in shown or "other pairs" in shown)
+
+
 def test_a_sweep_over_the_loss_keeps_each_runs_kind_beside_its_figure():
     rows = sweep_of(figures_of(0.7, 25.0, 0.1), figures_of(0.7, 0.6, 0.1), loss=["ipo", "sigmoid"])
     assert column(rows, "loss") == ["ipo", "sigmoid"]
@@ -119,6 +134,7 @@ def test_a_sweep_of_which_every_run_failed_has_a_table_and_no_picture():
         {"revision": [None, "v1"]},
         {"revision": ["v1", None], "lr": [1e-6, 1e-7]},
         {"shuffle": [True, False], "eval_split": [None, "test"]},
+        {"split": ["train", "more"]},
     ],
 )
 def test_null_truth_and_text_can_be_swept(settings):

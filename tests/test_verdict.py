@@ -57,6 +57,12 @@ def test_the_default_recipes_end_says_that_answers_hardly_change_and_what_shows_
     assert apart.endswith("the same command with lr=5e-6 output_dir=mine_lr5e-6.")
 
 
+def test_a_low_rate_whose_answers_changed_is_not_said_to_leave_them():
+    text = conclusion(held_out(**BETTER), [("Q", "A", "B")], lr=5e-7)
+    assert "the answers hardly can" not in text and "The model prefers the chosen" in text
+    assert "the answers hardly can" in conclusion(held_out(**BETTER), lr=5e-7)
+
+
 @pytest.mark.parametrize(
     "rows, expected",
     [
