@@ -19,6 +19,7 @@ from support.samples import make_sampler
 
 RED, GREEN, BLUE, PURPLE = 31, 32, 34, 35  # a terminal's codes
 BRIEF = 16  # tokens of the answers that are drawn for an estimate
+BYTES_A_LOGIT = 16  # measured of Gemma 2 in bfloat16: the logits and what their softmax keeps
 SHOWN_TOKENS = (60, 30)  # of the beginning and of the end of a long text
 
 
@@ -122,7 +123,7 @@ def estimate(setup, config):
     timer = Timer("policy(row)", globals=names, num_threads=torch.get_num_threads())
     seconds_a_token = timer.timeit(1).median / tokens
     minutes = _tokens_in_all(setup.pairs, steps, config) * seconds_a_token / WORLD / 60
-    memory = _memory(setup.model, trained, tokens, config)
+    memory = _memory(setup.policy, trained, tokens, config)
     samples_held_out = config.reward and config.eval_samples and setup.pairs["eval"]
     if samples_held_out:  # the first model stays beside the policy
         size = getattr(torch, config.dtype).itemsize
@@ -193,8 +194,9 @@ def _tokens_in_all(pairs, steps, config):
     return tokens["train"] * passes + tokens["eval"] * evaluations * slower
 
 
-def _memory(model, trained, tokens, config):
+def _memory(policy, trained, tokens, config):
     """Bytes that each process needs to train with rows of at most so many tokens."""
+    model = policy.model
     libraries = 0.8e9
     size = getattr(torch, config.dtype).itemsize
     frozen = 0
@@ -211,6 +213,8 @@ def _memory(model, trained, tokens, config):
     shape = model.config.get_text_config()
     hidden_states = tokens * shape.hidden_size * shape.num_hidden_layers
     activations = hidden_states * kept_a_layer * size
+    if not policy.shared:  # separate sequences keep the logits of all tokens
+        activations += tokens * shape.vocab_size * BYTES_A_LOGIT
     # not shared out: 4-bit weights, and the largest of them as it computes
     packed = 0
     largest = 0

@@ -1,6 +1,7 @@
 """The model around the method: loading, adapters, float32 weights behind the rounded, saving."""
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -11,11 +12,12 @@ from importlib.util import find_spec
 
 import torch
 import transformers
+from gguf import GGUFReader
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from support.adapters import ON_FOUR_BITS, find_adapter, merge
-from support.errors import InputError
+from support.errors import InputError, first_line
 from support.four_bit import quantize, round_weights_to_4_bits
 from support.processes import WORLD, say
 from support.sources import (
@@ -48,6 +50,7 @@ def load_model(config):
             "ignore_mismatched_sizes": True,  # for _check_weights to name them
         }
         if path.endswith(".gguf"):
+            _refuse_scaled_rope(path)
             path, options["gguf_file"] = os.path.split(os.path.abspath(path))
             weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         on_the_hub = not os.path.exists(path)
@@ -92,6 +95,16 @@ def load_tokenizer(path, **options):
         say(f"!!! the tokenizer of {path} splits text otherwise than Mistral's models: mended !!!")
         return read(fix_mistral_regex=True)
     return tokenizer
+
+
+def _refuse_scaled_rope(path):
+    """InputError for a .gguf file with factors of RoPE, which transformers leaves out unsaid."""
+    for tensor in GGUFReader(path).tensors:
+        if tensor.name.startswith(("rope_freqs", "rope_factors")):
+            raise InputError(
+                f"model {path}: its rotary embeddings are scaled (tensor {tensor.name}, as of "
+                "Llama 3.1), which is lost where a .gguf file is read: give its .safetensors files"
+            )
 
 
 def _refuse_quantised(shape):
@@ -252,11 +265,17 @@ def add_adapter(model, config):
     """
     from peft import LoraConfig
 
+    base = stand_ins_used.get(config.model, config.model)
+    if base.endswith(".gguf") and not config.lora_merge:
+        raise InputError(
+            f"lora_r: {base} is a .gguf file, which an adapter cannot be loaded on. "
+            "lora_merge=true writes the whole model instead"
+        )
     if config.load_in_4bit:
         quantize(model)
     torch.manual_seed(config.seed)
     # adapter_config.json names what was used, as the config does: not the path it was found at
-    model.name_or_path = stand_ins_used.get(config.model, config.model)
+    model.name_or_path = base
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -390,8 +409,17 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
     if config.lora_r and config.lora_merge:
         model, state = _merge_adapter(model, state, config, temporary)
     shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
-    _stop_at(model.generation_config, end_of_turn)
-    _make_valid(model.generation_config)
+    base_stops = _stop_at(model.generation_config, end_of_turn)
+    model.generation_config = _valid(model.generation_config)
+    if config.lora_r and not config.lora_merge and not base_stops:
+        stop = tokenizer.convert_ids_to_tokens(end_of_turn)
+        advice = (
+            f"Its answers end with {stop}, at which the base model's own generation does not stop: "
+            "generate with generation_config=GenerationConfig.from_pretrained(this folder), or "
+            "train with lora_merge=true"
+        )
+        say(f"!!! {folder / 'model'} is an adapter. {advice} !!!")
+        card += f"\n{advice}.\n"
     saved = {}
     for name, tensor in state.items():
         saved[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -422,17 +450,33 @@ def _merge_adapter(model, state, config, temporary):
     return merged, merged.state_dict()
 
 
-def _make_valid(generation_config):
-    """Let sampling settings be used: some models have them without do_sample, and are not saved."""
+def _valid(generation_config):
+    """A model's settings of generation if they can be saved and used, else what of them can."""
+    fault = _fault_of(generation_config)
+    if fault is None:
+        return generation_config
+    sampling = copy.deepcopy(generation_config)  # some models have its settings without do_sample
+    sampling.do_sample = True
+    if _fault_of(sampling) is None and sampling.temperature != 0:
+        return sampling
+    say(f"!!! of the model's generation_config only its ends are saved, for it is invalid: {fault}")
+    return transformers.GenerationConfig(eos_token_id=generation_config.eos_token_id)
+
+
+def _fault_of(generation_config):
+    """Why transformers would not save settings of generation, or None."""
     try:
         generation_config.validate(strict=True)
-    except ValueError:
-        generation_config.do_sample = True
+    except ValueError as error:
+        return first_line(error)
+    return None
 
 
 def _stop_at(generation_config, end_of_turn):
-    """Let generation end at the end of a turn too, beside the ends that it has."""
+    """Let generation end at the end of a turn too; returns whether it did so before."""
     ends = generation_config.eos_token_id
     known = ends if isinstance(ends, list) else [ends]
-    if end_of_turn not in known:
-        generation_config.eos_token_id = sorted({end_of_turn, *known} - {None})
+    if end_of_turn in known:
+        return True
+    generation_config.eos_token_id = sorted({end_of_turn, *known} - {None})
+    return False

@@ -125,7 +125,7 @@ def open_source(name, kind, stand_ins, load):
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
-        if found:
+        if found or (kind == "model" and _has_weights_in_cache(name)):
             reason = explain(error, path, kind)
             raise InputError(f"{kind} {name} does not load: {reason}") from error
         if name not in (stand_ins or {}):
@@ -139,6 +139,13 @@ def open_source(name, kind, stand_ins, load):
         say(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
     stand_ins_used[name] = stand_in
     return open_source(str(ROOT / package_file(stand_in)), kind, {}, load)
+
+
+def _has_weights_in_cache(name):
+    """Whether files of a Hub model's weights were downloaded before, whole or not."""
+    folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    files = folder.glob("snapshots/*/*")
+    return any(file.suffix in (".safetensors", ".bin") for file in files)
 
 
 def is_local(path, name, kind):

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy
 import pytest
 import tokenizers
 import torch
@@ -38,7 +40,7 @@ from helpers import (
 from support import report, sources
 from support.config import Config, read_config
 from support.files import digest_model
-from support.model import load_model, load_tokenizer, place_weights
+from support.model import _valid, load_model, load_tokenizer, place_weights
 from train_dpo import AnswerLogps
 
 # Loading
@@ -251,6 +253,36 @@ def test_a_model_whose_sampling_settings_lack_do_sample_is_saved(tmp_path, dpo):
     assert dpo(model=model) == 0
     saved = json.loads(Path("out/model/generation_config.json").read_text())
     assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"pad_token_id": -1}, {"early_stopping": True}, {"temperature": 0.0}, {"length_penalty": 0.8}],
+)
+def test_settings_of_generation_that_are_not_valid_end_no_run_and_stop_no_generation(
+    settings, capsys
+):
+    given = transformers.GenerationConfig(eos_token_id=[2, 7], **settings)
+    kept = _valid(given)
+    kept.validate(strict=True)
+    assert kept.eos_token_id == [2, 7] and not kept.do_sample
+    assert "!!! of the model's generation_config only its ends are saved" in capsys.readouterr().out
+    assert _valid(kept) is kept
+
+
+def test_a_gguf_file_whose_scaled_rope_would_be_lost_is_refused(tmp_path, dpo, capsys):
+    path = str(tmp_path / "llama31.gguf")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("rope_freqs.weight", numpy.ones(8, numpy.float32))
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+    ):
+        write()
+    writer.close()
+    assert dpo(model=path) == 2
+    assert "its rotary embeddings are scaled (tensor rope_freqs.weight" in capsys.readouterr().out
 
 
 def test_a_model_of_quantised_weights_is_refused_before_they_are_read(tmp_path, dpo, capsys):

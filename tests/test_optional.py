@@ -30,8 +30,9 @@ from helpers import (
 )
 from support import dry_run, machine, processes, report
 from support.config import Config, read_config
+from support.errors import InputError
 from support.four_bit import FourBitLinear, count_weights
-from support.model import load_model
+from support.model import add_adapter, load_model
 
 ADAPTER = {"lora_r": 4, "lora_alpha": 8.0}
 
@@ -161,6 +162,23 @@ def test_an_adapter_names_the_base_that_was_used_and_not_the_one_it_stood_in_for
 
     assert dpo(**ADAPTER, model="org/model", offline={"org/model": tiny_model}) == 0
     assert named("out")["base_model_name_or_path"] == tiny_model
+
+
+def test_an_adapter_on_a_gguf_file_is_refused_before_it_is_trained(peft):
+    with pytest.raises(InputError, match="lora_merge=true writes the whole model instead"):
+        add_adapter(None, Config(model="model.gguf", lora_r=4))
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_an_adapter_whose_base_does_not_stop_at_the_end_of_its_answers_says_so(
+    peft, dpo, tmp_path, capsys, stops
+):
+    end = build_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    model = write_model(tmp_path / "base", ends=[7, end] if stops else [7])
+    assert dpo(**ADAPTER, model=model, train_pairs=2, eval_pairs=0) == 0
+    told = "Its answers end with <|im_end|>, at which the base model's own generation does not stop"
+    assert (told in capsys.readouterr().out) == (not stops)
+    assert (told in Path("out/model/README.md").read_text()) == (not stops)
 
 
 @pytest.mark.parametrize(
@@ -612,7 +630,7 @@ def test_4_bits_are_in_the_estimate_of_memory(bits, ready):
     """A packed weight takes half a byte and its scales in the place of bfloat16's two bytes."""
     setup, config = ready(**bits, dtype="bfloat16")
     plain, _ = ready(**ADAPTER, dtype="bfloat16")
-    sizes = [dry_run._memory(s.model, 0, 1, config) for s in (plain, setup)]
+    sizes = [dry_run._memory(s.policy, 0, 1, config) for s in (plain, setup)]
     packed = [m for m in setup.model.modules() if type(m) is FourBitLinear]
     weights = sum(m.in_features * m.out_features for m in packed)
     scales = sum(b.nbytes for m in packed for b in m.buffers()) - weights / 2

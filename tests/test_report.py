@@ -193,6 +193,16 @@ def test_a_dry_run_shows_each_set_with_a_record_and_its_pair(tmp_path, dpo, caps
     assert max(map(len, shown.splitlines())) < 1000
 
 
+def test_the_logits_of_separate_sequences_are_in_the_estimate_of_memory(ready):
+    setup, config = ready()
+    needed = {}
+    for shared in (True, False):
+        setup.policy.share_prompts(shared)
+        needed[shared] = dry_run._memory(setup.policy, 0, 100, config)
+    vocabulary = setup.model.config.vocab_size
+    assert needed[False] - needed[True] == 100 * vocabulary * dry_run.BYTES_A_LOGIT
+
+
 def test_a_dry_run_of_a_sweep_shows_equal_data_once_and_other_data_too(dpo, capsys):
     assert dpo("--dry-run", lr=[1e-3, 1e-4], max_length=[40, 200]) == 0
     shown = capsys.readouterr().out

@@ -158,6 +158,17 @@ def fails(path):
     raise OSError(f"cannot load {path}\nsecond line")
 
 
+def test_a_cached_model_that_does_not_load_is_not_said_to_be_out_of_reach(
+    hub_down, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path))
+    file = tmp_path / "models--org--cut/snapshots/a/model.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half")
+    with pytest.raises(InputError, match="model org/cut does not load: the file .* is damaged"):
+        sources.open_source("org/cut", "model", {"org/cut": __file__}, fails)
+
+
 def test_an_unreachable_name_without_stand_in_says_what_to_do(hub_down):
     with pytest.raises(InputError) as error:
         sources.open_source("org/model", "model", {"org/other": "x"}, fails)
