@@ -428,6 +428,9 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
         model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
         model.config.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    if hasattr(model.config, "vision_config"):
+        where = f"{folder / 'model'} has no processor of images"
+        say(f"!!! {where}: copy preprocessor_config.json and the like from {config.model} !!!")
     if config.load_in_4bit and not config.lora_merge:
         settings = {"quant_type": "nf4", "double_quant": True}
         (temporary / ON_FOUR_BITS).write_text(json.dumps(settings), encoding="utf-8")

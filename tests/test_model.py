@@ -270,6 +270,14 @@ def test_settings_of_generation_that_are_not_valid_end_no_run_and_stop_no_genera
     assert _valid(kept) is kept
 
 
+def test_a_model_of_images_is_said_to_be_saved_without_their_processor(tmp_path, dpo, capsys):
+    model = write_model(tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_config": {}}))
+    assert dpo(model=model, train_pairs=2, eval_pairs=0) == 0
+    assert f"copy preprocessor_config.json and the like from {model}" in capsys.readouterr().out
+
+
 def test_a_gguf_file_whose_scaled_rope_would_be_lost_is_refused(tmp_path, dpo, capsys):
     path = str(tmp_path / "llama31.gguf")
     writer = gguf.GGUFWriter(path, "llama")
