@@ -83,8 +83,11 @@ def load_pairs(config, tokenizer, look=None):
              of drops
     raises   InputError if no pair is left to train or to evaluate on, with the counts by reason
     """
-    limits = (config.max_length, config.max_prompt_length)
-    encoder = PairEncoder(tokenizer, *limits, config.keep_ties, config.columns)
+    encoder = PairEncoder(
+        tokenizer, config.max_length, config.max_prompt_length, config.keep_ties, config.columns
+    )
+    # a round samples answers of its own to a prompt, so that its other pairs tell it nothing
+    select = partial(select_pairs, encoder=encoder, once=config.rounds > 0)
     encoder.keep_records = config.reward is not None
     drops = {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
@@ -96,7 +99,7 @@ def load_pairs(config, tokenizer, look=None):
     eval_records = records
     if config.eval_pairs:
         eval_records, eval_order, wanted = _evaluation_records(config, records, order)
-        held_out = select_pairs(eval_records, encoder, wanted, eval_order, drops["eval"])
+        held_out = select(eval_records, wanted=wanted, order=eval_order, drops=drops["eval"])
     if eval_records is records:
         taken = {pair.index for pair in held_out}
         order = [index for index in order if index not in taken]
@@ -104,7 +107,7 @@ def load_pairs(config, tokenizer, look=None):
     for pair in held_out:  # as they are written, and as the model sees them
         prompts |= {pair.prompt, pair.prompt_ids.tobytes()}
     wanted = config.train_pairs
-    train = select_pairs(records, encoder, wanted, order, drops["train"], without=prompts)
+    train = select(records, wanted=wanted, order=order, drops=drops["train"], without=prompts)
 
     if not train:
         raise _no_usable_pair(config.dataset, records, drops["train"], config.columns)
@@ -138,6 +141,9 @@ def _say_what_is_odd(pairs, encoder, records):
             number = sum(getattr(pair, name) for pair in part)
             if number:
                 say(f"!!! {number} of {len(part)} {split} pairs {finding} !!!")
+        prompts = len({pair.prompt for pair in part})
+        if split == "eval" and prompts < len(part):
+            say(f"eval: {len(part)} pairs of {prompts} prompts, of which the intervals are")
         stubs = 0
         for pair in part:
             room = encoder.max_length - len(pair.prompt_ids)
@@ -250,19 +256,23 @@ def visiting_order(count, shuffle, seed):
     return order
 
 
-def select_pairs(records, encoder, wanted, order, drops, without=()):
+def select_pairs(records, encoder, wanted, order, drops, without=(), once=False):
     """The first `wanted` usable pairs in the order given; 0 is all.
 
     drops    Counter to which the reasons of the records passed over are added
     without  prompts that must not be taken, each as Pair.prompt or as the bytes of prompt_ids
+    once     whether a prompt is taken once
     returns  list of Pair
     """
 
     def usable():
+        taken = set()
         for index in order:
             try:
                 pair = encoder.encode(records[index], index)
                 drop_if(pair.prompt in without or pair.prompt_ids.tobytes() in without, HELD_OUT)
+                drop_if(once and pair.prompt in taken, "its prompt is taken already")
+                taken.add(pair.prompt)
                 yield pair
             except Drop as reason:
                 drops[str(reason)] += 1

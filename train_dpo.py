@@ -318,11 +318,12 @@ def evaluate(setup, config, log, step):
     reference, lengths = setup.reference["eval"], setup.lengths["eval"]
     _, before = score(setup.start, reference, lengths, config)
     _, metrics = score(logps, reference, lengths, config)
-    figures = summarize(metrics, before)
+    prompts = [pair.prompt for pair in setup.pairs["eval"]]
+    figures = summarize(metrics, before, prompts)
     if setup.first is not None:
         measured = samples.measure(setup, config, log.folder, step, data.lay_out, compute_logps)
         after, earlier, of_all = measured
-        figures |= summarize(after, earlier) | of_all
+        figures |= summarize(after, earlier, prompts) | of_all
     if config.keep == "best":  # before the row, so that no row is without its weights
         losses = log.losses | {step: figures["loss"]}
         keep_best(log.folder / "checkpoints", setup.weights, step, losses)

@@ -1,6 +1,8 @@
 """Rewards of answers: by a function of the user's, or by a reward model."""
 
+import ast
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
@@ -71,9 +73,14 @@ def _open(config, kind, **options):
 
 
 def reward_version(config):
-    """What tells two versions of a reward apart: a digest of its files, or a Hub model's commit."""
+    """What tells two versions of a reward apart: a digest of its files, or a Hub model's commit.
+
+    A function's files are its own and those of its folder that they import.
+    """
     if _is_function(config.reward):
-        return _digest_files([Path(config.reward.rpartition(":")[0])])
+        files = {}
+        _add_imported(Path(config.reward.rpartition(":")[0]), files)
+        return _digest_files(files)
 
     def version_of(path):
         if os.path.isdir(path):
@@ -81,6 +88,25 @@ def reward_version(config):
         return note_commit(path, "main")
 
     return open_source(config.reward, "model", config.offline, version_of)
+
+
+def _add_imported(path, files):
+    """Add a Python file, and those beside it that it imports, to the keys of a dict."""
+    if path in files or not path.is_file():
+        return
+    files[path] = None
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # which the import tells
+        return
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        for name in names:
+            _add_imported(path.with_name(f"{name}.py"), files)
 
 
 def _digest_files(paths):
@@ -134,18 +160,20 @@ def _score(config, pairs, answers):
     asked = []
     whole = []
     for pair, drawn in zip(pairs, answers, strict=True):
-        messages = json.loads(pair.prompt)
         record = pair.record.get(ORIGINAL, pair.record)
         for answer in drawn:
-            asked.append((messages, answer.text, record))
+            # each its own, which a function may change
+            asked.append((json.loads(pair.prompt), answer.text, copy.deepcopy(record)))
             whole.append(answer.ended)
     if _is_function(config.reward):
         found = _by_function(config.reward, asked)
     else:
         found = _by_model(config, asked)
     rewards = torch.tensor(found, dtype=torch.float64)
-    if all(isinstance(reward, bool) for reward in found):
-        rewards[~torch.tensor(whole)] = 0.0
+    # a function that tells True and False may return 0 or 1 somewhere, as of `and`
+    if any(isinstance(reward, bool) for reward in found):
+        tells = (rewards == 0) | (rewards == 1)
+        rewards[~torch.tensor(whole) & tells] = 0.0
     return rewards.view(len(pairs), -1)
 
 

@@ -215,8 +215,12 @@ def _prompts_of_round(pairs, config, number):
     wanted = config.train_pairs or len(pairs)
     start = (number - 1) * wanted
     chosen = []
+    again = 0
     for position in range(start, start + min(wanted, len(pairs))):
         chosen.append(pairs[position % len(pairs)])
+        again += position >= len(pairs)
+    if again:
+        say(f"round {number}: {again} of its {len(chosen)} prompts were asked before: no more left")
     return chosen
 
 

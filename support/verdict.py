@@ -82,10 +82,8 @@ def compare(held_out):
     verdict = ", ".join(measurable) or "none"
     if not held_out or not _are_finite(changes):
         verdict = "unknown"
-    elif held_out[-1]["pairs"] < ENOUGH_PAIRS:
-        verdict = (
-            f"too few held-out pairs ({held_out[-1]['pairs']}) to tell: {ENOUGH_PAIRS} or more"
-        )
+    elif _count(held_out[-1]) < ENOUGH_PAIRS:
+        verdict = f"too few held-out pairs ({_count(held_out[-1])}) to tell: {ENOUGH_PAIRS} or more"
     return f"{markdown(header, rows)}\n\nMeasurable change: {verdict}."
 
 
@@ -125,14 +123,19 @@ def conclude(config, trained, held_out, answers):
         )
     if not held_out:
         sentences.append("Without held-out pairs nothing tells what it learned: eval_pairs=100.")
-    elif held_out[-1]["pairs"] < ENOUGH_PAIRS:
+    elif _count(held_out[-1]) < ENOUGH_PAIRS:
         sentences.append(
-            f"Too few pairs were held out ({held_out[-1]['pairs']}) to tell learning from chance: "
+            f"Too few pairs were held out ({_count(held_out[-1])}) to tell learning from chance: "
             f"{ENOUGH_PAIRS} is the least, 100 is better (more records, or a larger eval_pairs)."
         )
     else:
         sentences.append(_judge(config, changes, answers))
     return " ".join(sentences)
+
+
+def _count(row):
+    """How many pairs an evaluation has, or prompts where some have several."""
+    return row.get("prompts", row["pairs"])
 
 
 def _are_finite(changes):

@@ -978,6 +978,21 @@ def test_pairs_whose_rejected_answer_has_the_higher_score_are_counted_and_said(t
     assert said in capsys.readouterr().out
 
 
+def test_rounds_take_each_prompt_once_and_a_run_says_how_many_it_is_evaluated_on(tmp_path, capsys):
+    rows = []
+    for number in range(60):
+        rows.append(record(f"Q {number // 5}", f"good {number}", "bad"))
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    settings = {"shuffle": False, "eval_pairs": 4, "train_pairs": 8}
+    train, held, _ = load_pairs(data_config(path, **settings))
+    assert (len({pair.prompt for pair in train}), len({pair.prompt for pair in held})) == (2, 1)
+    assert "eval: 4 pairs of 1 prompts, of which the intervals are" in capsys.readouterr().out
+    of_rounds = settings | {"rounds": 2, "reward": "judge.py:judge"}
+    train, held, drops = load_pairs(data_config(path, **of_rounds))
+    assert [len({pair.prompt for pair in part}) for part in (train, held)] == [8, 4]
+    assert drops["train"]["its prompt is taken already"] > 0
+
+
 @pytest.mark.parametrize("max_prompt_length, stubs", [(39, 1), (20, 0)])
 def test_answers_that_long_prompts_cut_to_stubs_are_counted_and_said(
     tmp_path, capsys, max_prompt_length, stubs

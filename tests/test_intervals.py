@@ -66,6 +66,31 @@ def test_a_summary_with_intervals_counts_its_pairs():
     assert not any("change" in name for name in figures)
 
 
+def test_pairs_of_one_prompt_count_once_where_they_are_alike():
+    values = normal(20, seed=3)
+    prompts = [number // 5 for number in range(100)]
+    five_times = values.repeat_interleave(5)
+    assert mean_half_width(five_times, prompts) == pytest.approx(mean_half_width(values))
+    assert mean_half_width(values, list(range(20))) == mean_half_width(values)
+    won = wins(14, 20).repeat_interleave(5)
+    assert share_half_width(won, prompts) == share_half_width(wins(14, 20))
+    figures = summarize({"loss": five_times}, {"loss": torch.zeros(100)}, prompts)
+    assert (figures["pairs"], figures["prompts"]) == (100, 20)
+    assert figures["loss/ci95"] == mean_half_width(five_times, prompts)
+    assert math.isnan(mean_half_width(values, ["one"] * 20))
+
+
+def test_the_interval_of_pairs_of_few_prompts_covers_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    prompts = [number // 5 for number in range(100)]
+    missed = 0
+    for _ in range(1000):
+        shares = torch.rand(20, generator=generator).repeat_interleave(5)
+        values = (torch.rand(100, generator=generator) < shares).double()
+        missed += abs(values.mean().item() - 0.5) > mean_half_width(values, prompts)
+    assert 30 <= missed <= 70
+
+
 def test_a_changes_interval_is_paired_where_pairs_did_not_begin_alike():
     before = {"loss": 100 * normal(9, seed=0), "rewards/margins": torch.zeros(9)}
     change = normal(9, seed=1)

@@ -163,6 +163,21 @@ def test_a_file_may_hold_a_dataclass_and_read_its_annotations_late():
     assert rewards_of(told("abc")) == [[3]]
 
 
+def test_a_function_that_changes_what_it_is_given_changes_no_other_reward():
+    write_function(
+        "messages.append(answer); record['n'] += 'x'; return len(messages) + len(answer)"
+    )
+    pairs = asked("Q")
+    assert rewards_of(told("a", "bcd", "ef"), pairs) == [[3, 5, 4]]
+    assert pairs[0].record == {"n": "Q"}
+
+
+def test_a_verifier_that_returns_0_somewhere_is_one_still():
+    write_function("return len(answer) and 'good' in answer")
+    answers = [*told("good", ""), *told("good", "bad", ended=False)]
+    assert rewards_of(answers) == [[1, 0, 0, 0]]
+
+
 def test_an_answer_that_did_not_end_fails_for_a_verifier():
     write_function("return 'good' in answer")
     answers = [*told("good", "bad"), *told("good", "bad", ended=False)]
@@ -284,6 +299,15 @@ def test_a_reward_that_is_not_finite_is_told_with_the_prompt(tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(InputError, match="nan for the prompt 'a'"):
         rewards_of([told("x")], asked("a"), reward=folder)
+
+
+def test_a_function_has_another_version_where_a_file_that_it_imports_has():
+    write_function("return checks.passes(answer)", before="import json, checks\nfrom more import x")
+    versions = []
+    for passes in ("len", "len", "str"):
+        Path("checks.py").write_text(f"import judge\npasses = {passes}\n")
+        versions.append(reward_version(Config(reward=FUNCTION)))
+    assert versions[0] == versions[1] != versions[2]
 
 
 def test_a_reward_model_that_is_replaced_has_another_version(tmp_path):

@@ -216,12 +216,15 @@ def test_what_is_sampled_is_trained_on_as_it_is_whatever_it_looks_like(good, bad
         (99, ["01234567"] * 4),
     ],
 )
-def test_each_round_asks_other_prompts_until_all_have_been_asked(wanted, asked):
+def test_each_round_asks_other_prompts_until_all_have_been_asked(wanted, asked, capsys):
     config = Config(train_pairs=wanted)
     for number, expected in enumerate(asked, 1):
         pairs = list("01234567")[: rounds.config_to_sample(config, number).train_pairs or None]
         found = rounds._prompts_of_round(pairs, config, number)
         assert sorted(found) == sorted(expected)
+        again = sum(place in "".join(asked[: number - 1]) for place in expected)
+        said = f"round {number}: {again} of its {len(expected)} prompts were asked before"
+        assert (said in capsys.readouterr().out) == (again > 0)
 
 
 def test_a_run_asks_other_prompts_each_round_than_those_it_is_evaluated_on(whole):

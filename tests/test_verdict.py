@@ -57,6 +57,14 @@ def test_the_default_recipes_end_says_that_answers_hardly_change_and_what_shows_
     assert apart.endswith("the same command with lr=5e-6 output_dir=mine_lr5e-6.")
 
 
+def test_pairs_of_too_few_prompts_are_too_few():
+    rows = held_out(**BETTER)
+    assert "Measurable change: loss" in verdict.compare(rows)
+    rows[-1]["prompts"] = 4
+    assert "too few held-out pairs (4) to tell" in verdict.compare(rows)
+    assert "Too few pairs were held out (4) to tell" in conclusion(rows)
+
+
 def test_a_low_rate_whose_answers_changed_is_not_said_to_leave_them():
     text = conclusion(held_out(**BETTER), [("Q", "A", "B")], lr=5e-7)
     assert "the answers hardly can" not in text and "The model prefers the chosen" in text

@@ -613,7 +613,8 @@ class Answerer:
             roles = ["user", "assistant"]
             messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
             text = self.encoder.render(messages, add_generation_prompt=True)
-            prompts.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            prompts.append(self.encoder.bos + ids)
         answers = []
         for found in sampler.draw_all(prompts, count, str(seed), "answering"):
             told = sampler.tell_all(found)
