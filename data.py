@@ -86,9 +86,9 @@ def load_pairs(config, tokenizer, look=None):
     encoder = PairEncoder(
         tokenizer, config.max_length, config.max_prompt_length, config.keep_ties, config.columns
     )
+    encoder.keep_records = config.reward is not None
     # a round samples answers of its own to a prompt, so that its other pairs tell it nothing
     select = partial(select_pairs, encoder=encoder, once=config.rounds > 0)
-    encoder.keep_records = config.reward is not None
     drops = {"train": Counter(), "eval": Counter()}
     records = load_records(config.dataset, config.split, config.offline)
     check_columns(config.columns or {}, records)
