@@ -144,7 +144,7 @@ def open_source(name, kind, stand_ins, load):
 def _has_weights_in_cache(name):
     """Whether files of a Hub model's weights were downloaded before, whole or not."""
     folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    files = folder.glob("snapshots/*/*")
+    files = folder.glob("snapshots/*/*") if os.path.isdir(folder) else []
     return any(file.suffix in (".safetensors", ".bin") for file in files)
 
 

@@ -1099,8 +1099,8 @@ def test_the_best_up_to_the_older_checkpoint_is_there_when_the_newer_one_is_dama
     """Of a loss that falls, where each evaluation would else remove the best before it."""
     summarize = train_dpo.summarize
 
-    def falling(metrics, before=None):
-        figures = summarize(metrics, before)
+    def falling(metrics, before=None, prompts=None):
+        figures = summarize(metrics, before, prompts)
         if before is not None:
             moved = metrics["logps/chosen"] - before["logps/chosen"]
             figures["loss"] = -moved.abs().mean().item()

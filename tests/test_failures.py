@@ -167,7 +167,7 @@ def test_null_and_a_value_are_swept_to_their_table(dpo, capsys, swept):
     assert dpo(**swept) == 0
     printed = capsys.readouterr().out
     assert "The sweep is in sweep.csv and sweep.png" in printed
-    table = printed[printed.rindex("revision") :]
+    table = printed[printed.rindex("held-out loss") :]
     assert ("null" in table or "None" in table) and "v1" in table
 
 
