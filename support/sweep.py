@@ -26,6 +26,7 @@ HELD_OUT = ["dataset", "split", "eval_dataset", "eval_split", "eval_pairs", "shu
 HELD_OUT += ["keep_ties", "seed", "max_length", "max_prompt_length"]
 LOSS = "held-out loss"  # for loss is a setting's name too
 FINISHED = "finished"
+MARKERS = "osD^v<>P*X"  # of the frontier's points, over again beyond ten values
 DODGED = 0.6  # the share of two ticks' distance over which lines are set beside each other
 
 
@@ -173,7 +174,7 @@ def _draw_sweep(rows, varied, path, before):
     figure = Figure((18 if frontier else 12, 4), layout="constrained")
     axes = figure.subplots(1, 3 if frontier else 2)
     if frontier:
-        _draw_frontier(axes[2], lines, x, before)
+        _draw_frontier(axes[2], lines, x, ticks, before)
     for axis, name in zip(axes[:2], BEFORE_TRAINING, strict=True):
         # beside each other, or their intervals would hide one another
         dodge = DODGED / max(5, len(lines))
@@ -192,22 +193,28 @@ def _draw_sweep(rows, varied, path, before):
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
-def _draw_frontier(axis, lines, x_name, before):
+def _draw_frontier(axis, lines, x_name, ticks, before):
     """What the reward of sampled answers costs in KL divergence (figure 2 of the DPO paper).
 
-    There is a point for each run that samples, with its value of the setting x_name.
+    There is a point for each run that samples; its marker tells which of the ticks, the values of
+    the setting x_name, it has. Texts beside the points would cover each other.
     """
     names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
-    for label, rows in lines.items():
+    markers = dict(zip(ticks, itertools.cycle(MARKERS)))
+    for value, marker in markers.items():
+        label = f"{x_name} {value}"
+        axis.plot([], [], color="gray", linestyle="none", marker=marker, label=label)
+    axis.legend(fontsize=8)
+    for number, rows in enumerate(lines.values()):
         part = [row for row in rows if REWARD in row]
         if not part:
             continue
         frame = pandas.DataFrame(part).reindex(columns=names).astype(float)
         x, y, x_error, y_error = frame.sort_values(KL).to_numpy().T
-        axis.errorbar(x, y, y_error, x_error, marker="o", capsize=3, label=label)
+        color = f"C{number}"  # of the line's in the other pictures
+        axis.errorbar(x, y, y_error, x_error, color=color, capsize=3)
         for row in part:
-            text = f" {x_name} {row[x_name]}"
-            axis.annotate(text, (row[KL], row[REWARD]), fontsize=8, va="bottom")
+            axis.plot(row[KL], row[REWARD], color=color, marker=markers[row[x_name]])
     if REWARD in before:
         axis.axhline(before[REWARD], color="gray", linestyle=":")
     axis.set(

@@ -668,7 +668,8 @@ def test_a_sweep_of_rounds_compares_the_last_rounds_on_a_frontier(dpo, settings,
     expected = [(float(row["samples/kl"]), float(row["samples/reward"])) for row in table]
     for point, values in zip(sorted(points), sorted(expected), strict=True):
         assert point == pytest.approx(values)
-    assert {note.get_text() for note in frontier.texts} == {" beta 0.1", " beta 0.5"}
+    names = {text.get_text() for text in frontier.get_legend().get_texts()}
+    assert names == {"beta 0.1", "beta 0.5"}
     start = read_metrics("s/run_beta0.1/round_1", "eval")[0]["samples/reward"]
     (line,) = [line for line in frontier.lines if line.get_linestyle() == ":"]
     assert list(line.get_ydata()) == [start, start]

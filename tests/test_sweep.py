@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 
 from helpers import CONFIG, UNFINITE, figures_of, held_out
 from support import sweep
@@ -151,7 +152,24 @@ def test_a_sweep_of_which_some_runs_sample_answers_draws_these_on_the_frontier(f
     rows = sweep_of(figures_of(0.7, 0.6, 0.1), sampled, eval_samples=[0, 2])
     assert column(rows, "samples/reward") == ["", "0.25"]
     frontier = figures[0].axes[2]
-    assert {note.get_text() for note in frontier.texts} == {" eval_samples 2"}
+    legend = frontier.get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["eval_samples 0", "eval_samples 2"]
+    none, two = [handle.get_marker() for handle in legend.legend_handles]
+    drawn = [line.get_marker() for line in frontier.lines if 0.25 in line.get_xdata()]
+    assert two in drawn and none not in drawn
+
+
+def test_a_line_of_the_frontier_has_its_color_where_an_earlier_line_has_no_rewards(figures):
+    sampled = figures_of(0.6, 0.6, 0.1)
+    for name in ("samples/reward", "samples/kl"):
+        sampled |= {name: 0.25, f"{name}/ci95": 0.1}
+    runs = [figures_of(0.7, 0.6, 0.1), sampled] * 2
+    sweep_of(*runs, eval_samples=[0, 2], lr=[1e-6, 1e-7])
+    colors = []
+    for axis in figures[0].axes:
+        colors.append(axis.containers[-1].lines[0].get_color())
+    assert len(set(map(to_hex, colors))) == 1
 
 
 def test_sweeping_null_and_a_value_ends_in_a_table(dpo, capsys):
