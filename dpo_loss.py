@@ -133,6 +133,8 @@ def dpo_loss(
 ):
     """Loss and implicit rewards of each pair, from four vectors of log pi(y|x).
 
+    Each pair is by itself: gradients are of a row's pairs at a time, figures of a whole step's.
+
     With h = log(pi(y_w|x) / pi_ref(y_w|x)) - log(pi(y_l|x) / pi_ref(y_l|x)):
         sigmoid  -log sigmoid(beta h)     DPO, arXiv 2305.18290, eq. 7. With label_smoothing e, the
                  chance that a label is flipped:

@@ -9,7 +9,7 @@
 The method first, then what it needs:
     main          command line and config.yaml -> a Config for each run of the sweep
     run           for each run: prepare, train, finish
-    train         evaluate, then for each step: rate, step, log, evaluate, save
+    train         evaluate, then for each step: rate, step, log, save, evaluate
     train_step    rows of pairs -> log-probabilities -> DPO loss -> gradients -> AdamW
     AnswerLogps   the model's pass over a row, its prompts shared by both answers
     prepare       model, pairs, rows, and the reference's log-probabilities of each pair
@@ -270,7 +270,7 @@ def train_step(setup, config, rows, optimizer, lr):
 
     Gradients add up in setup.weights, the float32 master weights, where a hook of place_weights
     puts them; a row at a time, so that memory holds one row's activations. round_weights copies the
-    updated weights into the model. One process has all rows, with a share of 1.
+    updated weights into the model. A row's share is 1, or 0 where another process counts it.
 
     returns  the step's metrics: means over its pairs, gradient norm before clipping, lr, tokens,
              and `skipped`, the records of a step that was
@@ -427,8 +427,8 @@ def compute_logps(setup, split, config, title, temperature=1.0):
     temperature  divides the logits, where answers sampled at that temperature are scored
     returns      (pairs, 2) float32: chosen, rejected, in nats
     """
-    # Evaluation pairs see the float32 weights that a run saves. Training pairs see the rounded
-    # ones of its steps, which lr 1e-7 hardly moves; several processes have no others gathered.
+    # Evaluation pairs see the float32 weights that a run saves. With none here, the policy takes
+    # its own, the rounded ones of the steps; several processes have no others gathered.
     float32_weights = {}
     if split == "eval" and processes.WORLD == 1:
         for name, weight in setup.weights.items():

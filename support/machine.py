@@ -74,9 +74,9 @@ def _require_packages(config):
         needed.append("bitsandbytes")
     if config.report_to != "none":
         needed.append(config.report_to)
-    for package in needed:
-        if not find_spec(package):
-            raise InputError(f"this config needs {package}: pip install {package}")
+    missing = " ".join(package for package in needed if not find_spec(package))
+    if missing:
+        raise InputError(f"this config needs {missing}: pip install {missing}")
 
 
 def _multiplies_bfloat16_faster(device):

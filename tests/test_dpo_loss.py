@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,12 +14,18 @@ from torch.utils._pytree import tree_leaves
 import dpo_loss as module
 from dpo_loss import dpo_loss, sequence_logps, token_logps
 from helpers import normal
+from support.config import Config
 
 VARIANTS = [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
 variants = pytest.mark.parametrize("loss, smoothing", VARIANTS)
 quadruples = st.tuples(*[st.floats(-500, 0)] * 4)  # chosen, rejected; then the reference's
 betas = st.floats(1e-3, 10)
 often = settings(max_examples=60, deadline=None)
+
+
+def test_each_loss_of_config_is_among_those_tested_here():
+    names = get_args(get_type_hints(Config)["loss"])
+    assert {name for name, _ in VARIANTS} == set(names)
 
 
 def doubles(*numbers):

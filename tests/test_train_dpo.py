@@ -12,6 +12,7 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
     DANUBE,
     METRICS,
     PAIRS,
+    ROOT,
     build_model,
     build_tokenizer,
     generation_ends,
@@ -39,6 +41,7 @@ from helpers import (
     write_model,
 )
 from support import report
+from support.cache import CODE
 from support.checks import choose_layout
 from support.config import Config, read_config
 from support.intervals import summarize
@@ -517,6 +520,15 @@ def test_linear_and_constant_rates_come_after_the_same_warmup():
     assert train_dpo.learning_rate(0, 100, unfit) == 1
 
 
+def test_each_lr_schedule_has_a_course_of_its_own():
+    courses = set()
+    names = get_args(get_type_hints(Config)["lr_schedule"])
+    for name in names:
+        config = Config(lr=1.0, lr_schedule=name)
+        courses.add(tuple(train_dpo.learning_rate(step, 9, config) for step in range(9)))
+    assert len(courses) == len(names) == 3
+
+
 def test_a_run_follows_its_schedule_and_a_sweep_of_schedules_shares_one_setup(dpo, setups):
     assert dpo(lr=2e-4, lr_schedule=["linear", "constant"], output_dir="s/{lr_schedule}") == 0
     linear, constant = read_metrics("s/linear", "train"), read_metrics("s/constant", "train")
@@ -630,6 +642,20 @@ def test_the_cache_is_not_read_after_the_code_behind_it_changed(
     before = len(passes)
     ready(reference_cache="cache")
     assert len(passes) - before > CHECKED
+
+
+def test_the_cache_knows_all_code_that_computes_a_log_probability(ready):
+    setup, config = ready()
+    ran = set()
+    sys.setprofile(lambda frame, event, _: ran.add(Path(frame.f_code.co_filename)))
+    try:
+        train_dpo.compute_logps(setup, "train", config, "reference")
+    finally:
+        sys.setprofile(None)
+    own = {path for path in ran if path.is_relative_to(ROOT) and ".venv" not in path.parts}
+    # which rows this process has, and how they are shown
+    own -= {ROOT / "support" / "processes.py", Path(__file__)}
+    assert len(own) > 3 and own <= set(CODE)
 
 
 def test_the_cache_is_not_read_for_the_same_rows_with_pairs_in_another_order(ready):

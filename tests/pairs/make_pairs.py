@@ -1,6 +1,6 @@
 """Make pairs.jsonl, preference pairs whose preference a program can check, and score with it.
 
-    python tests/pairs/make_pairs.py                             makes tests/pairs/pairs.jsonl again
+    python tests/pairs/make_pairs.py                             replaces tests/pairs/pairs.jsonl
     python tests/pairs/make_pairs.py --score MODEL [MODEL ...] [--show 3]
 
 How the file was made: requests written for this project (96 topics) are crossed with instructions
