@@ -23,7 +23,14 @@ from support.errors import InputError, first_line, shorten
 from support.processes import WORLD, say
 from support.shapes import accepted_columns, read_preference
 from support.sources import MissingSplit, Sets, open_source, read_records, split_names
-from support.template import compare_template, dated_template, left_out_of, tell_day
+from support.template import (
+    after_opened_thought,
+    compare_template,
+    dated_template,
+    left_out_of,
+    render_around_an_answer,
+    tell_day,
+)
 from support.turns import Drop, drop_if, with_arguments_as_text
 
 HELD_OUT = "its prompt is held out for evaluation"
@@ -316,13 +323,19 @@ class PairEncoder:
             if first == [tokenizer.bos_token_id]:
                 self.bos = first
 
-        self.before, self.gap, after = self._render_around_an_answer()
+        asked, self.before, self.gap, after = render_around_an_answer(self)
         self.before_ids = self._ids(self.before)
+        # a BOS that stands there again begins turns, and marks no beginning
+        asked_ids = self.bos + self._ids(asked)
+        begin = tokenizer.bos_token_id
+        self.begins_with_bos = asked_ids[:1] == [begin] and asked_ids.count(begin) == 1
         # the end of turn is the first control token that the template puts after an answer
         self.end_of_turn = tokenizer.eos_token_id
+        self.tail = ""  # white space between the two
         for token_id in self._ids(after):
             if control.get(token_id):
                 self.end_of_turn = token_id
+                self.tail = after[: len(after) - len(after.lstrip())]
                 break
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
@@ -331,22 +344,6 @@ class PairEncoder:
         if tokenizer.bos_token_id is not None:
             least += 1
         self.max_prompt_length = max(max_prompt_length, least)
-
-    def _render_around_an_answer(self):
-        """The template's generation prompt, white space between that and an answer, and the end."""
-        question = {"role": "user", "content": "question"}
-        answer = {"role": "assistant", "content": "ANSWER"}
-        try:
-            asked = self.render([question], add_generation_prompt=True)
-            answered = self.render([question, answer])
-        except TemplateError as error:
-            raise InputError(f"the chat template fails: {first_line(error)}") from error
-        gap = ""
-        if self.tokenizer.chat_template and answered.startswith(asked):
-            gap, _, _ = answered[len(asked) :].partition("ANSWER")
-        if not gap.isspace():  # another text, which compare_template tells of
-            gap = ""
-        return asked.rpartition("question")[2], gap, answered.rpartition("ANSWER")[2]
 
     def render(self, messages, **options):
         """The chat template's text; of a base model, which has none, the turns' text alone."""
@@ -376,39 +373,42 @@ class PairEncoder:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
-    def _answer_ids(self, text):
-        """The ids of an answer as they are behind the generation prompt.
+    def _answer_ids(self, rendered, text, is_whole):
+        """The ids of an answer as they are behind its prompt, rendered, with its end if whole.
 
         Alone it would get from a tokenizer of SentencePiece's kind a space that the template does
         not write. Where both touch, as a newline may the answer's own, its ids are those alone.
         """
+        text = after_opened_thought(rendered, text)
         if not text.startswith(self.gap):
             text = self.gap + text
+        if is_whole and not text.endswith(self.tail):
+            text += self.tail
         ids = self._ids(self.before + text)
         length = len(self.before_ids)
-        return ids[length:] if ids[:length] == self.before_ids else self._ids(text)
+        own = ids[length:] if ids[:length] == self.before_ids else self._ids(text)
+        return own + [self.end_of_turn] if is_whole else own
 
     def encode(self, record, index=0):
         """One record as a Pair; raises Drop with the reason if it cannot teach."""
         preference = read_preference(record, self.columns)
         self._check(preference)
-        end = [self.end_of_turn] if preference.is_whole else []
         try:
             render = partial(self._render_prompt, options=preference.template_options)
             rendered = render(preference.messages, preference.tools)
             left_out = left_out_of(render, preference, rendered)
             prompt_ids = self.bos + self._ids(rendered)
-            chosen_ids = self._answer_ids(preference.chosen) + end
-            rejected_ids = self._answer_ids(preference.rejected) + end
+            answer_ids = partial(self._answer_ids, rendered, is_whole=preference.is_whole)
+            chosen_ids = answer_ids(preference.chosen)
+            rejected_ids = answer_ids(preference.rejected)
         except (TemplateError, TypeError) as error:  # such as for roles that it refuses
             raise Drop(f"refused by the chat template: {first_line(error)}") from error
         drop_if(left_out, f"the chat template leaves out {left_out}")
 
         # a prompt loses its beginning but for a BOS, an answer its end
         kept = prompt_ids[-self.max_prompt_length :]
-        begin = self.tokenizer.bos_token_id
-        if prompt_ids[:1] == [begin] and prompt_ids.count(begin) == 1:  # it begins no turns
-            kept[0] = begin
+        if self.begins_with_bos:
+            kept[:1] = prompt_ids[:1]
         room = self.max_length - len(kept)
         longest = max(len(chosen_ids), len(rejected_ids))
         cut = len(kept) < len(prompt_ids) or longest > room

@@ -83,6 +83,15 @@ def check_columns(columns, records):
             )
 
 
+def columns_of(record, columns):
+    """What of the setting is about a record: sets that are joined have columns of their own."""
+    about = {}
+    for place, column in (columns or {}).items():
+        if column is None or place in LABEL_VALUES or column in record:
+            about[place] = column
+    return about
+
+
 def under_known_names(record, columns):
     """A record with the columns that the setting names in their places, less those it says null of.
 
@@ -90,13 +99,17 @@ def under_known_names(record, columns):
     """
     if not columns:
         return dict(record)
+    named = {}
+    for place, column in columns.items():
+        if place not in LABEL_VALUES:
+            named[place] = column
     renamed = {}
     for column, value in record.items():
-        if column not in columns.values():
+        if column not in named.values():
             renamed[column] = value
-    for place, column in columns.items():
+    for place, column in named.items():
         if column is None:
             renamed.pop(place, None)
-        elif place not in LABEL_VALUES and column in record:
+        elif column in record:
             renamed[place] = record[column]
     return renamed

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from support.columns import EXAMPLES, LABEL_VALUES, under_known_names
+from support.columns import EXAMPLES, LABEL_VALUES, columns_of, under_known_names
 from support.labels import as_label, by_label, names_of
 from support.turns import (
     Drop,
@@ -30,7 +30,7 @@ QUESTIONS = ("prompt", "instruction", "question", "query", *DIALOGUES)
 PROMPTS = (*QUESTIONS, "context", "history", "input")  # the first that is filled holds the prompt
 # What else would change a prompt: a record in which one of these is filled but not used is dropped.
 TOOLS = ("tools", "functions", "tool_calls")
-ATTACHED = ("documents", "image", "images", "videos", "audios")
+ATTACHED = ("documents", "image", "images", "video", "videos", "audio", "audios")
 OF_A_PROMPT = (*SYSTEMS, *PROMPTS, *TOOLS, *ATTACHED)
 ANSWERS = (
     ("chosen", "rejected"),
@@ -131,7 +131,7 @@ def read_preference(record, columns=None):
              filled column OF_A_PROMPT that is not understood
     """
     drop_if(not isinstance(record, dict), f"not a record but {type(record).__name__}")
-    columns = columns or {}
+    columns = columns_of(record, columns)
     fields = Fields(under_known_names(record, columns), columns)
     shape, answers = _find_answers(fields)
     dialogues, holds_prompt = _find_dialogues(fields, answers)

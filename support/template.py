@@ -4,6 +4,10 @@ import os
 import re
 from datetime import date
 
+from jinja2 import TemplateError
+
+from support.errors import InputError, first_line
+
 # today, wherever a template asks for it: else a run could not go on, or be repeated, tomorrow
 DAY = date(2025, 1, 1)
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(?P<format>.*?)\1\s*\)""")
@@ -40,7 +44,8 @@ def compare_template(encoder, messages, answer):
         )
     conversations = ((QUESTION, ANSWER), (messages, answer))
     for prompt, reply in conversations:
-        trained = encoder.render(prompt, add_generation_prompt=True) + reply + end
+        rendered = encoder.render(prompt, add_generation_prompt=True)
+        trained = rendered + after_opened_thought(rendered, reply) + end
         whole = encoder.render([*prompt, {"role": "assistant", "content": reply}])
         if _squeeze(whole).startswith(_squeeze(trained)):
             continue
@@ -56,6 +61,37 @@ def compare_template(encoder, messages, answer):
             "chat_template if that is not meant"
         )
     return None
+
+
+def render_around_an_answer(encoder):
+    """What a chat template writes around an answer to a question.
+
+    encoder  a data.PairEncoder
+    returns  the question with the generation prompt, that prompt alone, white space between it and
+             an answer, and what follows the answer
+    raises   InputError if the template fails
+    """
+    answer = {"role": "assistant", "content": ANSWER}
+    try:
+        asked = encoder.render(QUESTION, add_generation_prompt=True)
+        answered = encoder.render([*QUESTION, answer])
+    except TemplateError as error:
+        raise InputError(f"the chat template fails: {first_line(error)}") from error
+    gap = ""
+    if encoder.tokenizer.chat_template and answered.startswith(asked):
+        gap, _, _ = answered[len(asked) :].partition(ANSWER)
+    if not gap.isspace():  # another text, which compare_template tells of
+        gap = ""
+    prompt = asked.rpartition(QUESTION[0]["content"])[2]
+    return asked, prompt, gap, answered.rpartition(ANSWER)[2]
+
+
+def after_opened_thought(rendered, answer):
+    """An answer without the <think> that its prompt, as rendered, ends with already."""
+    opened = re.search(r"<think>(\s*)$", rendered)
+    if not opened or not answer.lstrip().startswith("<think>"):
+        return answer
+    return answer.lstrip().removeprefix("<think>").removeprefix(opened[1])
 
 
 def dated_template(tokenizer, tools=None):

@@ -20,7 +20,10 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-REASONING = ("reasoning_content", "reasoning", "thinking")  # which some templates write
+# what stands beside a turn's text, and some templates write
+BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_plan", "tool_responses", "tools")
+BESIDE += ("function_call", "function_calls", "functions", "documents")
+BESIDE += ("image", "images", "video", "videos", "audio", "audios")
 KEYS = ("role", "content", "from", "value")  # of a turn
 MAPPING_AS_TEXT = re.compile(r"""\s*(\[)?\s*\{\s*["'](\w+)["']\s*:""")  # a list of them
 # how text begins and ends that a chat template has written already
@@ -181,9 +184,10 @@ def _turn(turn, column):
     drop_if(not isinstance(speaker, str), _neither(column))
     speaker = speaker.lower()
     drop_if(speaker not in ROLES, f"{column} has a turn of the unknown role {speaker!r:.40}")
-    for name in REASONING:
+    for name in BESIDE:
         fault = f"{column} has {name} beside a turn's text, which is not read: leave it out there"
-        is_told = isinstance(turn.get(name), str | list | dict) and is_filled(turn[name])
+        value = parsed(turn.get(name))
+        is_told = isinstance(value, str | list | dict) and is_filled(value)
         drop_if(is_told, f"{fault}, or write it into the text")
     calls = turn.get("tool_calls")
     if speaker == "function_call":
@@ -228,6 +232,7 @@ def _as_functions(value, column):
     drop_if(not isinstance(value, list), f"malformed: {column} is no list of functions")
     functions = []
     for item in value:
+        item = parsed(item)  # a list of texts, as nvidia/When2Call's
         inner = item.get("function", item) if isinstance(item, dict) else None
         named = isinstance(inner, dict) and isinstance(inner.get("name"), str)
         drop_if(not named, f"malformed: {column} has a function without a name")

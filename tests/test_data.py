@@ -395,6 +395,54 @@ def test_an_answers_tokens_are_those_that_the_template_writes(build, template):
     assert again.chosen_ids == pair.chosen_ids
 
 
+# of DeepSeek-Coder, Nemotron and Apriel; of Llama 2
+NEWLINE_BEFORE_END = CHATML.replace("<|im_end|>", "\n<|im_end|>")
+SPACE_BEFORE_END = CHATML.replace("<|im_end|>", " <|im_end|>")
+
+
+@pytest.mark.parametrize("template", [NEWLINE_BEFORE_END, SPACE_BEFORE_END])
+@pytest.mark.parametrize("build", [build_tokenizer, sentence_pieces])
+def test_white_space_before_the_end_of_turn_is_trained_on(build, template):
+    tokenizer = build(template)
+    coder = encoder(tokenizer)
+    pair = coder.encode(record("Question", "An apple.", "No." + coder.tail))
+    for answer, ids in (("An apple.", pair.chosen_ids), ("No.", pair.rejected_ids)):
+        whole = tokenizer.apply_chat_template([user("Question"), assistant(answer)], tokenize=False)
+        expected = tokenizer(whole.rstrip("\n"), add_special_tokens=False).input_ids
+        assert list(pair.prompt_ids + ids) == expected
+    cut = encoder(tokenizer, max_length=len(pair.prompt_ids) + 1).encode(record("Question", "AB"))
+    assert cut.chosen_ids == coder.encode(record("Question", "AB")).chosen_ids[:1]
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\n"])
+def test_a_thought_that_the_generation_prompt_opens_is_opened_once(opened):
+    opens = "{% if add_generation_prompt %}" + opened.replace("\n", "{{ '\\n' }}") + "{% endif %}"
+    coder = encoder(build_tokenizer(CHATML + opens))
+    made = record("Q", opened + "hm</think>A plum.", "\n" + opened + "well</think>No.")
+    pair = coder.encode(made)
+    prompt = chatml([user("Q")]) + opened
+    assert text(pair.prompt_ids) == prompt
+    assert text(pair.chosen_ids) == "hm</think>A plum.<|im_end|>"
+    assert text(pair.rejected_ids) == "well</think>No.<|im_end|>"
+    plain = coder.encode(record("Q", "hm</think>A <think>", "No."))
+    assert text(plain.chosen_ids) == "hm</think>A <think><|im_end|>"
+
+
+def test_a_cut_prompt_of_several_turns_keeps_a_bos_that_ends_turns_too():
+    olmo = (
+        "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% if m.role == 'assistant' %}<s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = build_tokenizer(olmo, eos="<s>", bos="<s>")
+    turns = [user("early " * 50), assistant("A"), user("late")]
+    pair = encoder(tokenizer, max_prompt_length=40).encode(record(turns))
+    assert text(pair.prompt_ids).startswith("<s>") and len(pair.prompt_ids) == 40
+    begins_turns = build_tokenizer(bos="<|im_start|>")
+    pair = encoder(begins_turns, max_prompt_length=40).encode(record(turns))
+    assert not text(pair.prompt_ids).startswith("<|im_start|>")
+
+
 @pytest.mark.parametrize("template", [WRITES_BOS, None])
 def test_a_long_prompt_keeps_its_bos(template):
     tokenizer = build_tokenizer(template, bos="<s>")

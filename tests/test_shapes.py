@@ -495,6 +495,8 @@ HALF = (
         ("functions", [{"name": "look"}]),
         ("tool_calls", [{"name": "look"}]),
         ("images", ["a.png"]),
+        ("video", "a.mp4"),
+        ("audio", {"array": [0.5], "sampling_rate": 8}),
         ("image", {"bytes": b"\x89", "path": None}),
         ("documents", ["Fruit are eaten."]),
     ],
@@ -623,11 +625,14 @@ def test_roles_of_other_sets_are_read_and_unknown_ones_dropped():
     assert reason(record([{"from": "moderator", "value": Q}])) == why
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_reasoning_beside_an_answers_text_is_not_left_out_without_a_word(name):
+BESIDE = ["reasoning_content", "reasoning", "thinking", "tool_plan", "function_calls", "images"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_an_answers_text_is_not_left_out_without_a_word(name):
     thought = [assistant(GOOD) | {name: "It is a fruit."}]
     assert reason(record(Q, thought, BAD)).startswith(f"chosen has {name} beside a turn's text")
-    for nothing in ("", None, False):
+    for nothing in ("", None, False, "[]"):
         made = record(Q, [assistant(GOOD) | {name: nothing}], BAD)
         assert pair(made) == ([user(Q)], GOOD, BAD)
 
@@ -855,6 +860,12 @@ def test_function_calls_of_sharegpt_are_tool_calls():
     assert "no list of functions" in reason({"conversations": [human(Q), broken], **TEXT})
 
 
+def test_tools_that_are_a_list_of_texts_are_read():
+    tool = {"type": "function", "function": {"name": "look_up", "description": "words"}}
+    found = read_preference(record(Q, GOOD, BAD, tools=[json.dumps(tool["function"])]))
+    assert found.tools == [tool]
+
+
 def test_an_answer_that_is_a_tool_call_is_dropped():
     why = "chosen ends with a tool call, which is no text"
     assert reason(record(Q, [CALL], BAD)) == why
@@ -950,6 +961,19 @@ def test_places_that_there_are_not_or_half_of_them_are_refused(columns, message,
     path.write_text(json.dumps({"columns": columns}))
     with pytest.raises(InputError, match=message):
         read_config(path)
+
+
+def test_a_record_of_a_joined_set_without_the_named_columns_is_read_as_it_is():
+    places = {"prompt": "instruction", "chosen": "good", "rejected": "bad"}
+    found = read_preference(record(Q, GOOD, BAD, source="x"), places)
+    assert (found.messages, found.unused) == ([user(Q)], ("source",))
+    assert "input is filled and would" in reason(record(Q, GOOD, BAD, input="metadata"), places)
+
+
+def test_a_labels_value_is_no_columns_name():
+    places = {"a": "x", "b": "y", "winner": "better", "a_if": "system", "b_if": "other"}
+    value = {"system": "S", "prompt": Q, "x": GOOD, "y": BAD, "better": "system"}
+    assert pair(value, places) == ([system("S"), user(Q)], GOOD, BAD)
 
 
 def test_answers_that_the_setting_names_win_over_a_sets_own_a_and_b():
