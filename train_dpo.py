@@ -42,6 +42,7 @@ from support.cache import logps_key, read_or_compute
 from support.checkpoint import (
     check_room,
     claim,
+    describe_origin,
     is_finished,
     keep_best,
     leave_finished,
@@ -53,7 +54,6 @@ from support.checks import check_model, tell_first_loss
 from support.config import parse_command_line, read_config, shares_setup
 from support.errors import InputError
 from support.failures import Failures, advise
-from support.files import digest_model, digest_pairs
 from support.intervals import summarize
 from support.machine import matmul_peak, operations_a_token, resolve_machine
 from support.model import (
@@ -431,8 +431,7 @@ def compute_logps(setup, split, config, title, temperature=1.0):
     # its own, the rounded ones of the steps; several processes have no others gathered.
     float32_weights = {}
     if split == "eval" and processes.WORLD == 1:
-        for name, weight in setup.weights.items():
-            float32_weights[f"model.{name}"] = weight
+        float32_weights = {f"model.{name}": weight for name, weight in setup.weights.items()}
     logps = torch.zeros(len(setup.pairs[split]), 2, device=config.device)
     with processes.progress(f"{title}, {split}", len(logps)) as bar:
         for members, share in processes.share_rows(setup.rows[split]):
@@ -458,7 +457,7 @@ def reference_logps(setup, config, splits=("train", "eval")):
 
     key = logps_key(config, setup, splits)
     title = "Reference log-probabilities"
-    found = read_or_compute(title, config.reference_cache, key, compute)
+    found = read_or_compute(title, config.reference_cache, key, compute, config.device)
     return {split: logps.to(config.device) for split, logps in found.items()}
 
 
@@ -476,7 +475,7 @@ def other_policy(setup, config, setting):
     policy = AnswerLogps(load_other(config, setting, setup.tokenizer))
     check_model(policy, setup.pairs["train"] + setup.pairs["eval"], data.make_row, config)
     if getattr(config, setting):
-        setup.origin[setting.replace("_", " ")] = digest_model(policy.model)
+        setup.origin |= describe_origin(config, {setting.replace("_", " "): policy.model})
     return policy
 
 
@@ -499,7 +498,7 @@ def load(config, dry=False):
     return Setup(
         policy=policy,
         tokenizer=tokenizer,
-        origin={"model": digest_model(model), "pairs": digest_pairs(pairs)},
+        origin=describe_origin(config, {"model": model}, pairs),
         pairs=pairs,
         drops=drops,
         lengths=answer_lengths(pairs, config.device),

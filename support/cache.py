@@ -9,7 +9,7 @@ from filelock import FileLock
 from support.files import digest_pairs, read_tensors, write_tensors
 from support.four_bit import packer
 from support.machine import numerics
-from support.processes import say
+from support.processes import any_of, say
 
 ROOT = Path(__file__).parent.parent
 # what computes a log-probability: after a change its last digits may be others
@@ -18,21 +18,24 @@ for room in ("attention", "four_bit", "model"):
     CODE.append(ROOT / "support" / f"{room}.py")
 
 
-def read_or_compute(title, folder, depends_on, compute):
+def read_or_compute(title, folder, depends_on, compute, device):
     """compute(), or what it returned when all that it depends on was the same.
+
+    Several processes compute it together where one of them does not find it.
 
     title       what to call the result, where it is read
     folder      where results are kept, in a file named by a digest of depends_on, which
                 the first process writes; None keeps none
     depends_on  whatever JSON can hold
     compute     function without arguments that returns a dict of tensors
+    device      where tensors of the processes meet
     """
     if not folder:
         return compute()
     name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
     path = Path(folder) / f"{name}.safetensors"
     found, _ = read_tensors(path)
-    if found is not None:
+    if not any_of(found is None, device):
         say(f"{title}: read from {path}")
         return found
     found = compute()

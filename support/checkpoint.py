@@ -13,6 +13,8 @@ Each file is written beside its place and renamed (support/files.py), so that no
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -26,16 +28,43 @@ from filelock import FileLock, Timeout
 
 from support.config import Config, changes_on_resume
 from support.errors import InputError
-from support.files import read_tensors, write_tensors, write_text
+from support.files import digest_model, digest_pairs, read_tensors, write_tensors, write_text
 from support.four_bit import count_weights
-from support.processes import fail_together, gather, is_first, say, shard_like, wait_for_all
+from support.processes import (
+    fail_together,
+    gather,
+    is_first,
+    same_for_all,
+    say,
+    shard_like,
+    wait_for_all,
+)
 from support.run_log import best_step
-from support.sources import stand_ins_used
+from support.sources import revisions_used, stand_ins_used
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
 ANSWERS_FILE = "answers.jsonl"  # that a round of support/rounds.py has sampled
 PAIRS_FILE = "pairs.jsonl"  # that it made of them, and trains on
 KEPT_CHECKPOINTS = 2  # the one before is for when the newest is damaged
+
+
+def describe_origin(config, models, pairs=None):
+    """What a run begins with: {name: digest}, the same in all processes and when it goes on.
+
+    models   {name: model without an adapter}
+    pairs    {split: list of data.Pair}; None for models alone
+    raises   InputError, in all processes, where they have read different ones
+    """
+    digests = {name: digest_model(model) for name, model in models.items()}
+    if pairs is not None:
+        digests["pairs"] = digest_pairs(pairs)
+    if pairs is not None and config.reward:  # which may read more of a record than is trained on
+        records = []
+        for part in pairs.values():
+            records += [pair.record for pair in part]
+        text = json.dumps(records, default=str)
+        digests["records"] = hashlib.sha256(text.encode()).hexdigest()
+    return {name: same_for_all(found, name, config.device) for name, found in digests.items()}
 
 
 def save_checkpoint(folder, weights, optimizer, step, origin):
@@ -228,16 +257,17 @@ def check_noted(folder, config, overwrite):
 
 
 def _check_is_a_runs(folder):
-    """Refuse a folder that holds the program, or a config.yaml that a run has not written."""
-    settings = folder / "config.yaml"
-    program = folder / "train_dpo.py"
+    """Refuse a folder that holds the program, or what no run has written and one would replace."""
     of_a_run = exists(folder / ".lock") or exists(folder / "metrics.jsonl")
-    if exists(program) or (exists(settings) and not of_a_run):
-        found = program if exists(program) else settings
-        raise InputError(
-            f"output_dir {folder} is no run's folder, for it holds {found.name}: what is there "
-            "would be replaced. Give a folder of its own, such as output_dir=runs/mine"
-        )
+    foreign = ["train_dpo.py"]
+    if not of_a_run:
+        foreign += ["config.yaml", "model", "checkpoints", PAIRS_FILE, ANSWERS_FILE]
+    for name in foreign:
+        if exists(folder / name):
+            raise InputError(
+                f"output_dir {folder} is no run's folder, for it holds {name}: what is there would "
+                "be replaced. Give a folder of its own, such as output_dir=runs/mine"
+            )
 
 
 def _read_noted(path):
@@ -261,12 +291,14 @@ def claim(folder, config, overwrite=False):
 
     A dead process does not keep the lock. Several processes all wait for the first one's.
 
-    raises   InputError, in all processes, if another one holds it
+    raises   InputError, in all processes, if another one holds it or has finished the run
     """
     lock = FileLock(folder / ".lock")
     with fail_together(config.device):
         if is_first():
             _acquire(lock, folder)
+            if not overwrite and exists(folder / "model"):
+                raise InputError(f"another process has finished the run in {folder} meanwhile")
             _prepare_folder(folder, config, overwrite)
     try:
         yield
@@ -283,12 +315,23 @@ def _acquire(lock, folder):
 
 def _prepare_folder(folder, config, overwrite):
     """Remove what an earlier run left, if it is to be trained anew, and note the settings."""
+    noted = folder / "config.yaml"
     if overwrite:
-        for name in ("checkpoints", "model.tmp"):
+        for name in ("checkpoints", "model.tmp", "samples"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (ANSWERS_FILE, PAIRS_FILE):
+        for name in ("metrics.jsonl", "report.md", "curves.png", "rounds.png"):
             (folder / name).unlink(missing_ok=True)
         if (folder / "model").exists():
             os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
+    elif noted.exists():
+        _recall_stand_ins(noted, config)
     settings = yaml.safe_dump(asdict(config))
-    write_text(folder / "config.yaml", f"# stand-ins used: {stand_ins_used or 'none'}\n{settings}")
+    write_text(noted, f"# stand-ins used: {stand_ins_used or 'none'}\n{settings}")
+
+
+def _recall_stand_ins(noted, config):
+    """Take the stand-ins of a run that goes on for used, where this process has loaded nothing."""
+    first = noted.read_text(encoding="utf-8").partition("\n")[0]
+    for name, stand_in in (config.offline or {}).items():
+        if str({name: stand_in})[1:-1] in first and name not in revisions_used:
+            stand_ins_used.setdefault(name, stand_in)

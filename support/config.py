@@ -35,7 +35,7 @@ SERVE_ANOTHER = {
 # Settings on which no trained weight depends: these alone may change where a run goes on.
 MAY_CHANGE_ON_RESUME = {"eval_every", "save_every", "report_to", "reference_cache", "offline"}
 # Runs of a sweep that differ in these alone share the model, the pairs and the reference.
-MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
+MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME - {"offline"} | {
     "loss",
     "beta",
     "label_smoothing",
@@ -49,7 +49,6 @@ MAY_DIFFER_ON_ONE_SETUP = MAY_CHANGE_ON_RESUME | {
     "max_grad_norm",
     "keep",
     "save_dtype",
-    "lora_merge",
     "output_dir",
 }
 FLAGS = ["--config", "--dry-run", "--overwrite", "--help"]
@@ -234,6 +233,10 @@ def _tell_what_does_nothing(configs):
             if any(getattr(config, name) != usual[name] for config in configs):
                 off = json.dumps(usual[main])
                 say(f"!!! {name} does nothing, since {main} is {off}; {advice} !!!")
+    for needed in ("eval_pairs", "eval_samples"):
+        idle = [config for config in configs if config.reward and not config.rounds]
+        if idle and not any(getattr(config, needed) for config in idle):
+            say(f"!!! reward does nothing, since {needed} and rounds are 0 !!!")
 
 
 def _read_settings(path, overrides):
@@ -362,6 +365,8 @@ def changes_on_resume(config, saved):
     """
     changes = []
     harmless = {*MAY_CHANGE_ON_RESUME, "output_dir"}
+    if config.keep == "best":
+        harmless.remove("eval_every")  # of the weights after evaluations the best are kept
     if config.rounds >= saved.get("rounds", 0) > 0:
         harmless.add("rounds")  # more may follow
     for name, value in asdict(config).items():

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from support.adapters import ON_FOUR_BITS, find_adapter, merge
 from support.errors import InputError, first_line
+from support.files import digest_model
 from support.four_bit import quantize, round_weights_to_4_bits
 from support.processes import WORLD, say
 from support.sources import (
@@ -397,18 +398,22 @@ def untrained_state(model, config):
 
 
 @torch.no_grad()
-def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
+def save_model(model, tokenizer, state, end_of_turn, config, folder, card, base_digest):
     """Write folder/model, whole or not at all: weights, tokenizer, chat template, model card.
 
     state        whole tensors by their names, on the CPU
     end_of_turn  token id that ends an answer, which generation is to stop at
     card         text of the model card
+    base_digest  digest_model of the model before training, which an adapter is merged into
+    raises       InputError where that is another one by now
     """
     temporary = folder / "model.tmp"
     dtype = getattr(torch, config.save_dtype)
     if config.lora_r and config.lora_merge:
-        model, state = _merge_adapter(model, state, config, temporary)
+        model, state = _merge_adapter(model, state, config, temporary, base_digest)
     shutil.rmtree(temporary, ignore_errors=True)  # that adapter, or what a crash left
+    own_generation = model.generation_config  # which the next run of a sweep needs as it is
+    model.generation_config = copy.deepcopy(own_generation)
     base_stops = _stop_at(model.generation_config, end_of_turn)
     model.generation_config = _valid(model.generation_config)
     if config.lora_r and not config.lora_merge and not base_stops:
@@ -424,6 +429,7 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
     for name, tensor in state.items():
         saved[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     model.save_pretrained(temporary, state_dict=saved)
+    model.generation_config = own_generation
     if (temporary / "config.json").exists():  # not beside an adapter
         model.config.dtype = config.save_dtype  # save_pretrained notes the compute dtype
         model.config.save_pretrained(temporary)
@@ -440,12 +446,17 @@ def save_model(model, tokenizer, state, end_of_turn, config, folder, card):
     os.replace(temporary, folder / "model")
 
 
-def _merge_adapter(model, state, config, temporary):
+def _merge_adapter(model, state, config, temporary, base_digest):
     """The base model, loaded again in float32, with the trained adapter merged into it."""
     from peft import PeftModel
 
     model.save_pretrained(temporary, state_dict=state)
     base, _ = load_model(config)
+    if digest_model(base) != base_digest:
+        raise InputError(
+            f"lora_merge: model {config.model} is no longer what the adapter was trained on. Put "
+            "it back, and the same command merges it"
+        )
     if config.load_in_4bit:  # what the adapter was trained on
         round_weights_to_4_bits(base)
     merged = PeftModel.from_pretrained(base, temporary).merge_and_unload()

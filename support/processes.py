@@ -81,6 +81,23 @@ def any_of(flag, device):
     return bool(sum_over_processes(number).item())
 
 
+def same_for_all(digest, name, device):
+    """The digest, where all processes have the same; all must ask.
+
+    digest   hexadecimal
+    name     what it is of
+    raises   InputError, in all processes, where they have not
+    """
+    number = int(digest[:15], 16)
+    first = torch.tensor(number if is_first() else 0, device=device)
+    if any_of(sum_over_processes(first).item() != number, device):
+        raise InputError(
+            f"the processes have read different {name}: the Hub may have been out of reach for "
+            "some of them, or a branch moved on meanwhile. Start again, or give local paths"
+        )
+    return digest
+
+
 def wait_for_all():
     """Return once all processes are here."""
     if WORLD > 1:
@@ -162,7 +179,10 @@ def _note_signal(number, frame):
 
 def _end_at_once(number, frame):
     """End without unwinding: threads that hang in a download would be waited for."""
-    _tell("Interrupted outside training: the same command goes on.")
+    _tell(
+        "Interrupted outside training: the same command goes on (without --overwrite, if anything "
+        "was trained or sampled)."
+    )
     os._exit(128 + number)
 
 

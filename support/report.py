@@ -240,7 +240,8 @@ def finish(setup, config, folder):
     pairs = describe_pairs(setup.pairs, setup.drops, config)
     pairs += describe_preference(setup.reference, setup.lengths)
     card, ending = write_report(folder, config, pairs, answers)
-    save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card)
+    digest = setup.origin["model"]
+    save_model(setup.model, setup.tokenizer, state, setup.end_of_turn, config, folder, card, digest)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     say(ending)
 

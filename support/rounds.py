@@ -36,6 +36,7 @@ from support.samples import (
     samples_file,
 )
 from support.shapes import read_preference
+from support.sources import bases_used
 from support.verdict import ENOUGH_PAIRS, markdown
 
 HELD_OUT_FILE = "held_out.jsonl"
@@ -102,10 +103,24 @@ def begin_anew_once(configs, options):
     options.overwrite = False
     for config in configs:
         check_noted(Path(config.output_dir), config, overwrite=True)
+        _check_keeps_models(config, configs)
     for config in configs:
         with claim(Path(config.output_dir), config, overwrite=True):
             if config.rounds:
                 _remove_rounds(config)
+
+
+def _check_keeps_models(config, configs):
+    """Refuse to empty a folder that holds a model which these runs begin with."""
+    needed = [config.model, config.reference_model, config.kl_model, *bases_used.values()]
+    for other in configs:
+        folder = Path(other.output_dir).resolve()
+        for name in needed:
+            if name and folder in Path(name).resolve().parents:
+                raise InputError(
+                    f"model {name} is in {other.output_dir}, which --overwrite empties: give "
+                    "another output_dir"
+                )
 
 
 def _remove_rounds(config):
@@ -119,7 +134,9 @@ def _remove_rounds(config):
         if folder.exists():
             check_noted(folder, one, overwrite=True)
             with claim(folder, one, overwrite=True):
-                pass
+                if is_first():
+                    for name in (ANSWERS_FILE, PAIRS_FILE):
+                        (folder / name).unlink(missing_ok=True)
     if is_first():
         (Path(config.output_dir) / HELD_OUT_FILE).unlink(missing_ok=True)
 

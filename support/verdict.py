@@ -1,6 +1,7 @@
 """What the held-out figures say: a table of before and after, and a sentence on what to try."""
 
 import math
+import re
 import shlex
 from dataclasses import dataclass
 
@@ -185,8 +186,9 @@ def _at_higher_lr(config):
     lr = VISIBLE_LR if config.lr < VISIBLE_LR else 5 * config.lr
     lr = _short(lr)
     of_lr, follows_it = f"lr{config.lr}", f"lr{float(lr)}"
-    folder = config.output_dir.replace(of_lr, follows_it)
-    if folder == config.output_dir:
+    whole = re.sub(r"[/\\]round_\d+$", "", config.output_dir)  # of rounds, all of them
+    folder = whole.replace(of_lr, follows_it)
+    if folder == whole:
         folder = f"{folder}_lr{lr}"
     return f"the same command with lr={lr} {shlex.quote(f'output_dir={folder}')}"
 

@@ -971,6 +971,79 @@ def test_a_kill_during_an_evaluation_loses_no_step(dpo, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
+@pytest.mark.parametrize("name", ["model", "checkpoints", "pairs.jsonl"])
+def test_what_no_run_has_written_is_not_taken_for_a_runs(dpo, capsys, flags, name):
+    mine = Path("project", name)
+    mine.mkdir(parents=True)
+    (mine / "my_sft.pt").write_text("mine")
+    assert dpo(*flags, output_dir="project") == 2
+    assert f"no run's folder, for it holds {name}: " in capsys.readouterr().out
+    assert (mine / "my_sft.pt").read_text() == "mine"
+
+
+def test_overwrite_leaves_a_users_own_pairs_in_a_runs_folder(dpo, quick, pairs_file):
+    assert dpo() == 0
+    shutil.copy(pairs_file, "out/pairs.jsonl")
+    assert dpo("--overwrite", dataset="out/pairs.jsonl") == 0
+    assert Path("out/pairs.jsonl").read_bytes() == Path(pairs_file).read_bytes()
+
+
+@pytest.mark.parametrize("setting", ["model", "reference_model"])
+def test_overwrite_does_not_empty_a_folder_whose_model_it_begins_with(dpo, quick, capsys, setting):
+    assert dpo() == 0
+    before = weights_bytes("out")
+    assert dpo("--overwrite", **{setting: "out/model"}) == 2
+    assert "model out/model is in out, which --overwrite empties" in capsys.readouterr().out
+    assert weights_bytes("out") == before
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_left_as_it_is(
+    dpo, capsys, monkeypatch
+):
+    prepare = train_dpo.prepare
+
+    def slowly(*given):
+        setup = prepare(*given)
+        Path("out/model").mkdir(parents=True)
+        return setup
+
+    monkeypatch.setattr(train_dpo, "prepare", slowly)
+    assert dpo() == 2
+    assert "another process has finished the run in out meanwhile" in capsys.readouterr().out
+    assert not Path("out/metrics.jsonl").exists()
+
+
+def test_overwrite_leaves_no_report_of_the_earlier_run(dpo, quick, monkeypatch):
+    assert dpo() == 0 and Path("out/report.md").exists()
+
+    def fail(*_):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(train_dpo, "train_step", fail)
+    assert dpo("--overwrite") == 1
+    assert not Path("out/report.md").exists()
+
+
+def test_the_best_of_other_evaluations_is_another_run(dpo, quick, capsys):
+    assert dpo(keep="best", eval_every=1) == 0
+    assert dpo(keep="best", eval_every=0) == 2
+    assert "eval_every was 1, is 0" in capsys.readouterr().out
+    assert dpo(output_dir="last", eval_every=1) == dpo(output_dir="last", eval_every=0) == 0
+
+
+def test_what_a_reward_reads_of_a_record_is_part_of_what_a_run_began_with(ready, tmp_path):
+    Path("judge.py").write_text("def judge(messages, answer, record):\n    return record['key']\n")
+    origins = []
+    for key in (1, 5):
+        rows = [row | {"key": key} for row in records()]
+        path = write_jsonl(tmp_path / f"{key}.jsonl", rows)
+        setup, _ = ready(dataset=path, reward="judge.py:judge")
+        origins.append(setup.origin)
+    first, second = origins
+    assert first["pairs"] == second["pairs"] and first["records"] != second["records"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 @pytest.mark.parametrize("place", [".", "project"])
 def test_a_folder_that_is_no_runs_keeps_its_files(dpo, capsys, monkeypatch, flags, place):
     Path("project").mkdir()
@@ -997,7 +1070,9 @@ def test_runs_that_fill_one_cache_at_the_same_time_do_not_stop_each_other():
         return {"logps": torch.zeros(10**6)}
 
     with ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(read_or_compute, "it", "cache", "key", compute) for _ in range(4)]
+        runs = [
+            pool.submit(read_or_compute, "it", "cache", "key", compute, "cpu") for _ in range(4)
+        ]
     assert all(len(run.result()["logps"]) == 10**6 for run in runs)
     assert len(list(Path("cache").glob("*.safetensors*"))) == 2  # and its lock
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import train_dpo
 from helpers import CONFIG, write_jsonl
-from support.config import OTHER_NAMES, Config, _Loader, read_config
+from support.config import OTHER_NAMES, Config, _Loader, read_config, shares_setup
 from support.errors import InputError
 
 
@@ -404,3 +404,11 @@ def test_settings_of_rounds_and_rewards_without_them_are_said_to_do_nothing(caps
     assert "kl_model does nothing, since reward is null" in out and "temperature" in out
     read_config(CONFIG, [*given, "reward=judge.py:judge", "rounds=1"])
     assert "does nothing" not in capsys.readouterr().out
+    read_config(CONFIG, ["reward=judge.py:judge", "eval_pairs=0"])
+    out = capsys.readouterr().out
+    assert "reward does nothing, since eval_pairs and rounds are 0" in out
+
+
+def test_runs_that_merge_their_adapters_and_runs_that_do_not_are_prepared_apart():
+    (one, other), _ = read_config(CONFIG, ["lora_r=4", "lora_merge=[true, false]"])
+    assert not shares_setup(one, other)

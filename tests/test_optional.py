@@ -220,6 +220,30 @@ def test_the_merged_model_gives_the_log_probabilities_of_base_and_adapter(
     assert end in torch.tensor([merged.generation_config.eos_token_id]).flatten()
 
 
+def test_each_adapter_of_a_sweep_says_where_its_answers_end(peft, quick, dpo, capsys):
+    assert dpo(**ADAPTER, lr=[1e-3, 1e-4], output_dir="s/run") == 0
+    assert capsys.readouterr().out.count("model is an adapter. Its answers end with") == 2
+
+
+def test_an_adapter_is_not_merged_into_another_base_than_it_was_trained_on(
+    peft, quick, dpo, capsys, monkeypatch, tmp_path
+):
+    base = write_model(tmp_path / "base")
+    train = train_dpo.train
+
+    def replaced(*given):
+        train(*given)
+        write_model(tmp_path / "base", seed=9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dpo, "train", replaced)
+        assert dpo(**ADAPTER, model=base, lora_merge=True) == 2
+    assert "is no longer what the adapter was trained on" in capsys.readouterr().out
+    write_model(tmp_path / "base")
+    assert dpo(**ADAPTER, model=base, lora_merge=True) == 0
+    assert "Resuming from" in capsys.readouterr().out
+
+
 # Going on from an adapter
 
 

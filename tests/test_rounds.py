@@ -37,7 +37,7 @@ from helpers import (
     write_jsonl,
     write_model,
 )
-from support import processes, report, rounds, samples
+from support import processes, report, rounds, samples, sources
 from support.config import Config, read_config
 from support.run_log import read_rows
 from support.sampler import Told
@@ -584,6 +584,25 @@ def test_rounds_do_not_go_on_with_other_held_out_prompts(dpo, settings, tmp_path
     assert Path("out/held_out.jsonl").read_text() == held_out
     assert dpo("--overwrite", **given) == 0
     assert Path("out/held_out.jsonl").read_text() != held_out
+
+
+def test_finished_rounds_that_are_started_again_still_name_their_stand_ins(
+    hub_down, quick, dpo, settings, talker, pairs_file
+):
+    stand_ins = {"org/model": talker, "org/pairs": pairs_file}
+    given = settings | {"model": "org/model", "dataset": "org/pairs", "offline": stand_ins}
+    assert dpo(**given | {"rounds": 1}) == 0
+    before = [Path("out", name).read_text() for name in ("report.md", "config.yaml")]
+    assert "org/pairs': " in before[1].splitlines()[0]
+    sources.stand_ins_used.clear()
+    assert dpo(**given | {"rounds": 1}) == 0
+    assert [Path("out", name).read_text() for name in ("report.md", "config.yaml")] == before
+
+
+def test_overwritten_rounds_leave_no_report_of_the_earlier_ones(quick, dpo, settings):
+    assert dpo(**settings | {"rounds": 1}) == 0 and Path("out/report.md").exists()
+    assert dpo("--overwrite", **settings | {"rounds": 1, "eval_samples": 0}) == 0
+    assert not Path("out/report.md").exists() and not Path("out/rounds.png").exists()
 
 
 def test_held_out_answers_that_look_like_a_dialogue_stay_answers(dpo, settings, tmp_path):

@@ -55,6 +55,8 @@ def test_the_default_recipes_end_says_that_answers_hardly_change_and_what_shows_
     assert text.endswith(f"{higher} output_dir=runs/beta0.1_lr5e-06.")
     apart = conclusion(held_out(**BETTER), same, output_dir="mine")
     assert apart.endswith("the same command with lr=5e-6 output_dir=mine_lr5e-6.")
+    of_rounds = conclusion(held_out(**BETTER), same, output_dir="mine/round_2")
+    assert of_rounds.endswith("the same command with lr=5e-6 output_dir=mine_lr5e-6.")
 
 
 def test_pairs_of_too_few_prompts_are_too_few():
