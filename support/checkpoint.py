@@ -82,8 +82,9 @@ def save_checkpoint(folder, weights, optimizer, step, origin):
     tensors = gather(tensors)
     tensors["position"] = torch.tensor([step], dtype=torch.float64)
     write_tensors(folder / f"step_{step:07d}.safetensors", tensors, origin)
-    for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        old.unlink(missing_ok=True)
+    if is_first():  # others may see an older list of files on a shared disk
+        for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
 
 
 def _checkpoints(folder):
@@ -125,6 +126,8 @@ def keep_best(folder, weights, step, losses):
     """
     if best_step(losses) == step:
         write_tensors(_best(folder, step), gather(weights))
+    if not is_first():
+        return
     needed = {_best(folder, best_step(losses))}
     for path in _checkpoints(folder):
         reached = int(path.stem.removeprefix("step_"))
