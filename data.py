@@ -325,7 +325,7 @@ class PairEncoder:
 
         asked, self.before, self.gap, after = render_around_an_answer(self)
         self.before_ids = self._ids(self.before)
-        # a BOS that stands there again begins turns, and marks no beginning
+        # where a BOS stands there again, it begins turns and not the text
         asked_ids = self.bos + self._ids(asked)
         begin = tokenizer.bos_token_id
         self.begins_with_bos = asked_ids[:1] == [begin] and asked_ids.count(begin) == 1
@@ -335,7 +335,9 @@ class PairEncoder:
         for token_id in self._ids(after):
             if control.get(token_id):
                 self.end_of_turn = token_id
-                self.tail = after[: len(after) - len(after.lstrip())]
+                space = after[: len(after) - len(after.lstrip())]
+                if after.startswith(space + control[token_id]):
+                    self.tail = space
                 break
         if self.end_of_turn is None:
             raise InputError("the tokenizer has neither an end-of-turn token nor an eos_token")
@@ -407,8 +409,9 @@ class PairEncoder:
 
         # a prompt loses its beginning but for a BOS, an answer its end
         kept = prompt_ids[-self.max_prompt_length :]
-        if self.begins_with_bos:
-            kept[:1] = prompt_ids[:1]
+        begin = [self.tokenizer.bos_token_id]
+        if self.begins_with_bos and prompt_ids[:1] == begin:
+            kept[:1] = begin
         room = self.max_length - len(kept)
         longest = max(len(chosen_ids), len(rejected_ids))
         cut = len(kept) < len(prompt_ids) or longest > room

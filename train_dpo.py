@@ -427,8 +427,8 @@ def compute_logps(setup, split, config, title, temperature=1.0):
     temperature  divides the logits, where answers sampled at that temperature are scored
     returns      (pairs, 2) float32: chosen, rejected, in nats
     """
-    # Evaluation pairs see the float32 weights that a run saves. With none here, the policy takes
-    # its own, the rounded ones of the steps; several processes have no others gathered.
+    # Evaluation pairs see the float32 weights that a run saves. Where this stays empty, the policy
+    # computes with its own, rounded ones, as in the steps; several processes gather no others.
     float32_weights = {}
     if split == "eval" and processes.WORLD == 1:
         float32_weights = {f"model.{name}": weight for name, weight in setup.weights.items()}

@@ -13,8 +13,6 @@ Each file is written beside its place and renamed (support/files.py), so that no
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -28,7 +26,14 @@ from filelock import FileLock, Timeout
 
 from support.config import Config, changes_on_resume
 from support.errors import InputError
-from support.files import digest_model, digest_pairs, read_tensors, write_tensors, write_text
+from support.files import (
+    digest_model,
+    digest_pairs,
+    digest_records,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
 from support.four_bit import count_weights
 from support.processes import (
     fail_together,
@@ -45,6 +50,9 @@ from support.sources import revisions_used, stand_ins_used
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of each weight
 ANSWERS_FILE = "answers.jsonl"  # that a round of support/rounds.py has sampled
 PAIRS_FILE = "pairs.jsonl"  # that it made of them, and trains on
+HELD_OUT_FILE = "held_out.jsonl"  # that all rounds are evaluated on
+OF_A_RUN = ("metrics.jsonl", "report.md", "curves.png", "rounds.png")  # what one leaves
+FOLDERS_OF_A_RUN = ("model", "model.tmp", "checkpoints", "samples")
 KEPT_CHECKPOINTS = 2  # the one before is for when the newest is damaged
 
 
@@ -59,11 +67,7 @@ def describe_origin(config, models, pairs=None):
     if pairs is not None:
         digests["pairs"] = digest_pairs(pairs)
     if pairs is not None and config.reward:  # which may read more of a record than is trained on
-        records = []
-        for part in pairs.values():
-            records += [pair.record for pair in part]
-        text = json.dumps(records, default=str)
-        digests["records"] = hashlib.sha256(text.encode()).hexdigest()
+        digests["records"] = digest_records(pairs)
     return {name: same_for_all(found, name, config.device) for name, found in digests.items()}
 
 
@@ -252,19 +256,21 @@ def check_noted(folder, config, overwrite):
     raises   InputError if its settings are not these, or if the folder is not a run's
     """
     path = folder / "config.yaml"
-    _check_is_a_runs(folder)
+    _check_is_a_runs(folder, config)
     if exists(path) and not overwrite:
         changes = changes_on_resume(config, _read_noted(path))
         if changes:
             raise InputError(f"{folder}: {'; '.join(changes)}. New output_dir, or --overwrite?")
 
 
-def _check_is_a_runs(folder):
+def _check_is_a_runs(folder, config):
     """Refuse a folder that holds the program, or what no run has written and one would replace."""
-    of_a_run = exists(folder / ".lock") or exists(folder / "metrics.jsonl")
+    has_figures = exists(folder / "metrics.jsonl") and exists(folder / "config.yaml")
     foreign = ["train_dpo.py"]
-    if not of_a_run:
-        foreign += ["config.yaml", "model", "checkpoints", PAIRS_FILE, ANSWERS_FILE]
+    if not (has_figures or exists(folder / ".lock")):
+        foreign += ["config.yaml", *OF_A_RUN, *FOLDERS_OF_A_RUN]
+        if config.rounds:
+            foreign.append(HELD_OUT_FILE)
     for name in foreign:
         if exists(folder / name):
             raise InputError(
@@ -300,7 +306,7 @@ def claim(folder, config, overwrite=False):
     with fail_together(config.device):
         if is_first():
             _acquire(lock, folder)
-            if not overwrite and exists(folder / "model"):
+            if not overwrite and not config.rounds and exists(folder / "model"):
                 raise InputError(f"another process has finished the run in {folder} meanwhile")
             _prepare_folder(folder, config, overwrite)
     try:
@@ -319,17 +325,20 @@ def _acquire(lock, folder):
 def _prepare_folder(folder, config, overwrite):
     """Remove what an earlier run left, if it is to be trained anew, and note the settings."""
     noted = folder / "config.yaml"
+    used = stand_ins_used
     if overwrite:
-        for name in ("checkpoints", "model.tmp", "samples"):
+        used = {}  # they are of what was loaded last, which may be for another run of a sweep
+        shutil.rmtree(folder / "model.tmp", ignore_errors=True)
+        if (folder / "model").exists():  # first, and whole: half of it would count as finished
+            os.replace(folder / "model", folder / "model.tmp")
+        for name in ("checkpoints", "samples"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "report.md", "curves.png", "rounds.png"):
+        for name in OF_A_RUN:
             (folder / name).unlink(missing_ok=True)
-        if (folder / "model").exists():
-            os.replace(folder / "model", folder / "model.tmp")  # half of it would count as finished
     elif noted.exists():
         _recall_stand_ins(noted, config)
     settings = yaml.safe_dump(asdict(config))
-    write_text(noted, f"# stand-ins used: {stand_ins_used or 'none'}\n{settings}")
+    write_text(noted, f"# stand-ins used: {used or 'none'}\n{settings}")
 
 
 def _recall_stand_ins(noted, config):

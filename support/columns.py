@@ -85,9 +85,11 @@ def check_columns(columns, records):
 
 def columns_of(record, columns):
     """What of the setting is about a record: sets that are joined have columns of their own."""
+    columns = columns or {}
     about = {}
-    for place, column in (columns or {}).items():
-        if column is None or place in LABEL_VALUES or column in record:
+    for place, column in columns.items():
+        named = columns.get("winner") if place in LABEL_VALUES else column
+        if named is None or named in record:
             about[place] = column
     return about
 
@@ -110,6 +112,6 @@ def under_known_names(record, columns):
     for place, column in named.items():
         if column is None:
             renamed.pop(place, None)
-        elif column in record:
+        else:
             renamed[place] = record[column]
     return renamed

@@ -233,8 +233,8 @@ def _tell_what_does_nothing(configs):
             if any(getattr(config, name) != usual[name] for config in configs):
                 off = json.dumps(usual[main])
                 say(f"!!! {name} does nothing, since {main} is {off}; {advice} !!!")
+    idle = [config for config in configs if config.reward and not config.rounds]
     for needed in ("eval_pairs", "eval_samples"):
-        idle = [config for config in configs if config.reward and not config.rounds]
         if idle and not any(getattr(config, needed) for config in idle):
             say(f"!!! reward does nothing, since {needed} and rounds are 0 !!!")
 

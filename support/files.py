@@ -69,6 +69,16 @@ def digest_model(model):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def digest_records(pairs):
+    """sha256 of the records of data.Pairs by split, without what JSON cannot hold."""
+    digest = hashlib.sha256()
+    for part in pairs.values():
+        for pair in part:
+            text = json.dumps(pair.record, default=lambda value: type(value).__name__)
+            digest.update(text.encode())
+    return digest.hexdigest()
+
+
 def digest_pairs(pairs):
     """sha256 of the token ids of data.Pairs by split, in their order."""
     digest = hashlib.sha256()

@@ -26,6 +26,7 @@ from support.sources import (
     bases_used,
     note_commit,
     open_source,
+    revisions_used,
     stand_ins_used,
 )
 
@@ -451,11 +452,12 @@ def _merge_adapter(model, state, config, temporary, base_digest):
     from peft import PeftModel
 
     model.save_pretrained(temporary, state_dict=state)
-    base, _ = load_model(config)
+    commit = revisions_used.get(config.model, config.revision)
+    base, _ = load_model(replace(config, revision=commit))
     if digest_model(base) != base_digest:
         raise InputError(
             f"lora_merge: model {config.model} is no longer what the adapter was trained on. Put "
-            "it back, and the same command merges it"
+            "it back, and the same command merges it (without --overwrite)"
         )
     if config.load_in_4bit:  # what the adapter was trained on
         round_weights_to_4_bits(base)

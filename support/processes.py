@@ -88,11 +88,11 @@ def same_for_all(digest, name, device):
     name     what it is of
     raises   InputError, in all processes, where they have not
     """
-    number = int(digest[:15], 16)
+    number = int(digest[:15], 16)  # as much of it as an int64 holds
     first = torch.tensor(number if is_first() else 0, device=device)
     if any_of(sum_over_processes(first).item() != number, device):
         raise InputError(
-            f"the processes have read different {name}: the Hub may have been out of reach for "
+            f"the processes have not read the same {name}: the Hub may have been out of reach for "
             "some of them, or a branch moved on meanwhile. Start again, or give local paths"
         )
     return digest

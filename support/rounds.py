@@ -15,7 +15,15 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from support.checkpoint import ANSWERS_FILE, PAIRS_FILE, check_noted, claim, is_finished
+from support.checkpoint import (
+    ANSWERS_FILE,
+    FOLDERS_OF_A_RUN,
+    HELD_OUT_FILE,
+    PAIRS_FILE,
+    check_noted,
+    claim,
+    is_finished,
+)
 from support.errors import InputError
 from support.files import write_atomically, write_records, write_text
 from support.intervals import mean_half_width
@@ -39,7 +47,6 @@ from support.shapes import read_preference
 from support.sources import bases_used
 from support.verdict import ENOUGH_PAIRS, markdown
 
-HELD_OUT_FILE = "held_out.jsonl"
 NEAR = 0.2  # of the longer answer: lengths that differ by less than this more are about as near
 FEW = 0.1  # of a round's prompts: fewer that give a pair are worth a warning
 PANELS = {  # of rounds.png, each with its title
@@ -103,23 +110,27 @@ def begin_anew_once(configs, options):
     options.overwrite = False
     for config in configs:
         check_noted(Path(config.output_dir), config, overwrite=True)
-        _check_keeps_models(config, configs)
+    _check_keeps_models(configs)
     for config in configs:
         with claim(Path(config.output_dir), config, overwrite=True):
             if config.rounds:
                 _remove_rounds(config)
 
 
-def _check_keeps_models(config, configs):
-    """Refuse to empty a folder that holds a model which these runs begin with."""
-    needed = [config.model, config.reference_model, config.kl_model, *bases_used.values()]
-    for other in configs:
-        folder = Path(other.output_dir).resolve()
-        for name in needed:
-            if name and folder in Path(name).resolve().parents:
+def _check_keeps_models(configs):
+    """Refuse to remove a model which one of these runs begins with."""
+    needed = set(bases_used.values())
+    removed = []
+    for config in configs:
+        needed |= {config.model, config.reference_model, config.kl_model}
+        removed += [Path(config.output_dir), *Path(config.output_dir).glob("round_*")]
+    for name in sorted(needed - {None}):
+        for folder in removed:
+            models = [(folder / kept).resolve() for kept in FOLDERS_OF_A_RUN]
+            path = Path(name).resolve()
+            if path.exists() and any(model in (path, *path.parents) for model in models):
                 raise InputError(
-                    f"model {name} is in {other.output_dir}, which --overwrite empties: give "
-                    "another output_dir"
+                    f"model {name} would be removed by --overwrite: give another output_dir"
                 )
 
 
@@ -133,10 +144,11 @@ def _remove_rounds(config):
         one = config_of(config, number)
         if folder.exists():
             check_noted(folder, one, overwrite=True)
+            if is_first():  # before the settings, with which old pairs would pass for new ones
+                for name in (ANSWERS_FILE, PAIRS_FILE):
+                    (folder / name).unlink(missing_ok=True)
             with claim(folder, one, overwrite=True):
-                if is_first():
-                    for name in (ANSWERS_FILE, PAIRS_FILE):
-                        (folder / name).unlink(missing_ok=True)
+                pass
     if is_first():
         (Path(config.output_dir) / HELD_OUT_FILE).unlink(missing_ok=True)
 

@@ -34,14 +34,15 @@ from support.readers import (
 ROOT = Path(__file__).parent.parent
 PACKAGE = "package://"
 COMMIT = re.compile("[0-9a-f]{40}")
-stand_ins_used = {}  # Hub name -> what this process took in its place
+stand_ins_used = {}  # Hub name -> what was taken in its place, by this process or an earlier one
+_told = set()  # Hub names of which this process has said so
 revisions_used = {}  # Hub name -> the commit that this process read
 bases_used = {}  # name of an adapter -> the base model that it was merged into
 
 
 def forget_sources():
     """Forget what a sweep's earlier runs were given, which the next one's report is not to tell."""
-    for used in (stand_ins_used, revisions_used, bases_used):
+    for used in (stand_ins_used, revisions_used, bases_used, _told):
         used.clear()
 
 
@@ -121,7 +122,9 @@ def open_source(name, kind, stand_ins, load):
     if not found:  # the Hub's libraries then answer from their caches at once
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return load(path)
+        loaded = load(path)
+        stand_ins_used.pop(name, None)  # as an earlier process may have noted it
+        return loaded
     except InputError:
         raise
     except Exception as error:  # each library has its own errors for a bad file or an unknown name
@@ -135,8 +138,9 @@ def open_source(name, kind, stand_ins, load):
                 f"config: {first_line(error)}"
             ) from error
     stand_in = stand_ins[name]
-    if name not in stand_ins_used:
+    if name not in _told:
         say(f"!!! The Hub is out of reach: {kind} {name} is replaced by {stand_in} !!!")
+    _told.add(name)
     stand_ins_used[name] = stand_in
     return open_source(str(ROOT / package_file(stand_in)), kind, {}, load)
 

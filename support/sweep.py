@@ -200,8 +200,12 @@ def _draw_frontier(axis, lines, x_name, ticks, before):
     the setting x_name, it has. Texts beside the points would cover each other.
     """
     names = [KL, REWARD, f"{KL}/ci95", f"{REWARD}/ci95"]
-    markers = dict(zip(ticks, itertools.cycle(MARKERS)))
-    for value, marker in markers.items():
+    sampled = [row[x_name] for row in itertools.chain(*lines.values()) if REWARD in row]
+    markers = {}
+    for value, marker in zip(ticks, itertools.cycle(MARKERS)):
+        if value not in sampled:
+            continue
+        markers[value] = marker
         label = f"{x_name} {value}"
         axis.plot([], [], color="gray", linestyle="none", marker=marker, label=label)
     axis.legend(fontsize=8)

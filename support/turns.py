@@ -186,8 +186,8 @@ def _turn(turn, column):
     drop_if(speaker not in ROLES, f"{column} has a turn of the unknown role {speaker!r:.40}")
     for name in BESIDE:
         fault = f"{column} has {name} beside a turn's text, which is not read: leave it out there"
-        value = parsed(turn.get(name))
-        is_told = isinstance(value, str | list | dict) and is_filled(value)
+        value = without_nulls(parsed(turn.get(name)))
+        is_told = is_filled(value) and not isinstance(value, bool | int | float)
         drop_if(is_told, f"{fault}, or write it into the text")
     calls = turn.get("tool_calls")
     if speaker == "function_call":

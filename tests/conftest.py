@@ -67,6 +67,7 @@ def hub_down(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(sources, "hub_reachable", lambda seconds=4: False)
+    monkeypatch.setattr(sources, "_told", set())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     used = dict(sources.stand_ins_used)  # other rooms hold the same dict

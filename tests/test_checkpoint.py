@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import data
 import dpo_loss
 import train_dpo
 from helpers import CONFIG, ROOT, read_metrics, records, weights_bytes, write_jsonl, write_model
@@ -971,19 +972,25 @@ def test_a_kill_during_an_evaluation_loses_no_step(dpo, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
-@pytest.mark.parametrize("name", ["model", "checkpoints", "pairs.jsonl"])
+@pytest.mark.parametrize("name", ["model", "checkpoints", "samples", "report.md", "metrics.jsonl"])
 def test_what_no_run_has_written_is_not_taken_for_a_runs(dpo, capsys, flags, name):
     mine = Path("project", name)
-    mine.mkdir(parents=True)
-    (mine / "my_sft.pt").write_text("mine")
+    if "." in name:
+        mine.parent.mkdir()
+        file = mine
+    else:
+        mine.mkdir(parents=True)
+        file = mine / "my_sft.pt"
+    file.write_text("mine")
     assert dpo(*flags, output_dir="project") == 2
     assert f"no run's folder, for it holds {name}: " in capsys.readouterr().out
-    assert (mine / "my_sft.pt").read_text() == "mine"
+    assert file.read_text() == "mine"
 
 
 def test_overwrite_leaves_a_users_own_pairs_in_a_runs_folder(dpo, quick, pairs_file):
-    assert dpo() == 0
+    Path("out").mkdir()
     shutil.copy(pairs_file, "out/pairs.jsonl")
+    assert dpo(dataset="out/pairs.jsonl") == 0
     assert dpo("--overwrite", dataset="out/pairs.jsonl") == 0
     assert Path("out/pairs.jsonl").read_bytes() == Path(pairs_file).read_bytes()
 
@@ -993,7 +1000,7 @@ def test_overwrite_does_not_empty_a_folder_whose_model_it_begins_with(dpo, quick
     assert dpo() == 0
     before = weights_bytes("out")
     assert dpo("--overwrite", **{setting: "out/model"}) == 2
-    assert "model out/model is in out, which --overwrite empties" in capsys.readouterr().out
+    assert "model out/model would be removed by --overwrite" in capsys.readouterr().out
     assert weights_bytes("out") == before
 
 
@@ -1041,6 +1048,24 @@ def test_what_a_reward_reads_of_a_record_is_part_of_what_a_run_began_with(ready,
         origins.append(setup.origin)
     first, second = origins
     assert first["pairs"] == second["pairs"] and first["records"] != second["records"]
+
+
+def test_a_record_with_an_object_has_the_same_digest_again():
+    one, two = (data.Pair(0, [1], [2], [3], record={"image": object()}) for _ in range(2))
+    digests = {files.digest_records({"train": [pair]}) for pair in (one, two)}
+    assert len(digests) == 1
+
+
+def test_another_process_than_the_first_removes_no_file(ready, monkeypatch):
+    setup, config = ready(keep="best")
+    optimizer = train_dpo.make_optimizer(setup.weights, config)
+    folder = Path("out/checkpoints")
+    for step in (1, 2, 3, 4):
+        monkeypatch.setattr("support.checkpoint.is_first", lambda step=step: step < 4)
+        losses = {earlier: 1 / earlier for earlier in range(1, step + 1)}
+        checkpoint.keep_best(folder, setup.weights, step, losses)
+        checkpoint.save_checkpoint(folder, setup.weights, optimizer, step, {})
+    assert len(list(folder.glob("step_*"))) == 3 and len(list(folder.glob("best_*"))) == 4
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)

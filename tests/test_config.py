@@ -412,3 +412,6 @@ def test_settings_of_rounds_and_rewards_without_them_are_said_to_do_nothing(caps
 def test_runs_that_merge_their_adapters_and_runs_that_do_not_are_prepared_apart():
     (one, other), _ = read_config(CONFIG, ["lora_r=4", "lora_merge=[true, false]"])
     assert not shares_setup(one, other)
+    stand_ins = '[{"a/b": "c.jsonl"}, {"a/b": "d.jsonl"}]'
+    (one, other), _ = read_config(CONFIG, [f"offline={stand_ins}"])
+    assert not shares_setup(one, other)

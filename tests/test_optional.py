@@ -473,6 +473,12 @@ def test_a_package_that_is_not_installed_is_named_before_anything_is_loaded(
     assert f"pip install {package}" in capsys.readouterr().out
 
 
+def test_all_packages_that_are_missing_are_named_at_once(dpo, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert dpo(lora_r=4, load_in_4bit=True) == 2
+    assert "pip install peft bitsandbytes" in capsys.readouterr().out
+
+
 def test_no_optional_package_is_needed_where_none_is_asked_for(overrides, monkeypatch):
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     (config,), _ = read_config(CONFIG, overrides())

@@ -224,7 +224,7 @@ def test_processes_that_read_different_things_do_not_mix_them_or_wait_for_each_o
         launch, env=environment, check=False, text=True, capture_output=True, timeout=200
     )
     assert end.returncode == 0, end.stderr
-    assert end.stdout.count("the processes have read different pairs") == 2
+    assert end.stdout.count("the processes have not read the same pairs") == 2
 
 
 ROUNDS = {

@@ -240,12 +240,13 @@ def test_card_and_report_name_the_stand_ins_that_were_used(
         assert path not in card
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=str)
 def test_a_runs_report_names_no_stand_in_of_the_run_before_it_in_a_sweep(
-    hub_down, dpo, tiny_model, tmp_path
+    hub_down, dpo, tiny_model, tmp_path, flags
 ):
     other = write_model(tmp_path / "other", seed=1)
     given = {"model": ["org/model", other], "offline": {"org/model": tiny_model}}
-    assert dpo(**given, output_dir="s/run") == 0
+    assert dpo(*flags, **given, output_dir="s/run") == 0
     for path in Path("s").glob("*/report.md"):
         is_stood_in = "org-model" in path.parent.name
         assert ("stand-in for org/model" in path.read_text()) == is_stood_in

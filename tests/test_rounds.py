@@ -587,16 +587,19 @@ def test_rounds_do_not_go_on_with_other_held_out_prompts(dpo, settings, tmp_path
 
 
 def test_finished_rounds_that_are_started_again_still_name_their_stand_ins(
-    hub_down, quick, dpo, settings, talker, pairs_file
+    hub_down, quick, dpo, settings, talker, pairs_file, capsys
 ):
     stand_ins = {"org/model": talker, "org/pairs": pairs_file}
     given = settings | {"model": "org/model", "dataset": "org/pairs", "offline": stand_ins}
     assert dpo(**given | {"rounds": 1}) == 0
     before = [Path("out", name).read_text() for name in ("report.md", "config.yaml")]
     assert "org/pairs': " in before[1].splitlines()[0]
-    sources.stand_ins_used.clear()
+    sources.forget_sources()
     assert dpo(**given | {"rounds": 1}) == 0
     assert [Path("out", name).read_text() for name in ("report.md", "config.yaml")] == before
+    capsys.readouterr()
+    assert dpo(**given | {"rounds": 2}) == 0  # which loads them again, and says so again
+    assert "model org/model is replaced by" in capsys.readouterr().out
 
 
 def test_overwritten_rounds_leave_no_report_of_the_earlier_ones(quick, dpo, settings):

@@ -632,7 +632,7 @@ BESIDE = ["reasoning_content", "reasoning", "thinking", "tool_plan", "function_c
 def test_what_stands_beside_an_answers_text_is_not_left_out_without_a_word(name):
     thought = [assistant(GOOD) | {name: "It is a fruit."}]
     assert reason(record(Q, thought, BAD)).startswith(f"chosen has {name} beside a turn's text")
-    for nothing in ("", None, False, "[]"):
+    for nothing in ("", None, False, "[]", {"bytes": None, "path": None}):
         made = record(Q, [assistant(GOOD) | {name: nothing}], BAD)
         assert pair(made) == ([user(Q)], GOOD, BAD)
 
