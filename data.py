@@ -323,6 +323,7 @@ class PairEncoder:
             if first == [tokenizer.bos_token_id]:
                 self.bos = first
 
+        # what the template writes before an answer, white space that it adds there, and the end
         asked, self.before, self.gap, after = render_around_an_answer(self)
         self.before_ids = self._ids(self.before)
         # where a BOS stands there again, it begins turns and not the text
