@@ -455,8 +455,9 @@ def compare(options):
         for checkpointing in (False, True):
             settings = {"dtype": dtype, "checkpointing": checkpointing}
             sides = {"this project": [], "TRL": [], "TRL, reference first": []}
-            for _ in range(1 + options.repeats):
-                sides["this project"].append(run_side(options, "ours", **settings))
+            for counted in range(1 + options.repeats):
+                sweep = options.sweep if counted else 1  # one run is enough to warm up
+                sides["this project"].append(run_side(options, "ours", sweep=sweep, **settings))
                 sides["TRL"].append(run_side(options, "trl", **trl, **settings))
                 sides["TRL, reference first"].append(
                     run_side(options, "trl", precompute=True, **trl, **settings)
