@@ -120,18 +120,18 @@ def begin_anew_once(configs, options):
 def _check_keeps_models(configs):
     """Refuse to remove a model which one of these runs begins with."""
     needed = set(bases_used.values())
-    removed = []
+    removed = set()
     for config in configs:
         needed |= {config.model, config.reference_model, config.kl_model}
-        removed += [Path(config.output_dir), *Path(config.output_dir).glob("round_*")]
+        run = Path(config.output_dir)
+        for folder in (run, *run.glob("round_*")):
+            removed |= {(folder / name).resolve() for name in FOLDERS_OF_A_RUN}
     for name in sorted(needed - {None}):
-        for folder in removed:
-            models = [(folder / kept).resolve() for kept in FOLDERS_OF_A_RUN]
-            path = Path(name).resolve()
-            if path.exists() and any(model in (path, *path.parents) for model in models):
-                raise InputError(
-                    f"model {name} would be removed by --overwrite: give another output_dir"
-                )
+        path = Path(name).resolve()
+        if path.exists() and removed & {path, *path.parents}:
+            raise InputError(
+                f"model {name} would be removed by --overwrite: give another output_dir"
+            )
 
 
 def _remove_rounds(config):
